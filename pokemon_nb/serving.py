@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIMITS', 'new_seed', 'Painted', 'Painter', 'GenerateRequest', 'build_page', 'create_app', 'pokemon_serve']
 
-# %% ../nbs/08_serving.ipynb #62a36125
+# %% ../nbs/08_serving.ipynb #8adcabb0
 import random
 
 # (lowest, highest) that a request may ask for; 2**53 is how far a browser counts exactly
@@ -14,7 +14,7 @@ LIMITS = dict(n=(1, 16), steps=(1, 1000), guidance=(0.0, 30.0), seed=(0, 2**53 -
 def new_seed(
 )->int:  # 0 <= seed < 2**31
     "A seed that nobody asked for, short enough to be read out."
-    return random.SystemRandom().randrange(2**31)  # not the global generator: a seeded program would repeat its "random"
+    return random.SystemRandom().randrange(2**31)  # not the global generator, which a seeded program would repeat
 
 # %% ../nbs/08_serving.ipynb #cbd10350
 def _within(name, value, whole=True):
@@ -56,7 +56,7 @@ class Painter:
         self.defaults = dict(steps=own.num_inference_steps, guidance=own.guidance_scale, sampler=own.sampler)
         self.about = self.pipe.describe(self.checkpoint)  # one line on what is used
 
-# %% ../nbs/08_serving.ipynb #00de4f82
+# %% ../nbs/08_serving.ipynb #1b5a6827
 from fastcore.basics import patch
 
 @patch
@@ -65,7 +65,7 @@ def __call__(self:Painter,
     n:int=1,                                 # pictures, 1 to 16; their seeds count up
     seed:int|None=None,                      # of the first picture; None = drawn
     steps:int|None=None,                     # sampler steps, 1 to 1000; None = the checkpoint's own
-    guidance:float|None=None,                # guidance scale, 0 to 30; 1 = none, more = closer to the words; None = its own
+    guidance:float|None=None,                # guidance scale, 0 to 30; 1 = none, more = closer to the words
     on_step:Callable[[int],None]|None=None,  # called with the number of steps done
 )->Painted:                                  # pictures, seeds, recipe, seconds
     "Paint `n` pictures of `prompt`; raises ValueError before anything is computed."
@@ -73,7 +73,8 @@ def __call__(self:Painter,
     guidance = _within("guidance", guidance, whole=False)
     seed, own = new_seed() if seed is None else seed, self.defaults
     recipe = dict(prompt=prompt, steps=own["steps"] if steps is None else steps, sampler=own["sampler"],
-                  guidance_scale=own["guidance"] if guidance is None else guidance, checkpoint=self.checkpoint.name)
+                  guidance_scale=own["guidance"] if guidance is None else guidance,
+                  checkpoint="/".join(self.checkpoint.parts[-2:]))
     def step(pipe, i, sigma, state):
         if on_step: on_step(i + 1)
         return state
@@ -82,10 +83,7 @@ def __call__(self:Painter,
         out = self.pipe(prompt, n, recipe["steps"], recipe["guidance_scale"], seed=seed, callback_on_step_end=step)
         return Painted(out.images, [seed + i for i in range(n)], recipe, time.perf_counter() - start)
 
-# %% ../nbs/08_serving.ipynb #38b1bff2
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+# %% ../nbs/08_serving.ipynb #ccdc2c79
 from pydantic import BaseModel, ConfigDict, Field
 
 class GenerateRequest(BaseModel):
@@ -96,7 +94,7 @@ class GenerateRequest(BaseModel):
     steps: int|None = Field(None, description="sampler steps, 1 to 1000; more is slower and finer")
     guidance: float|None = Field(None, description="how strongly the words push, 0 to 30; 1 = as trained")
 
-# %% ../nbs/08_serving.ipynb #16c7f58d
+# %% ../nbs/08_serving.ipynb #7bacf385
 def _say(
     problems,  # FastAPI's list of validation problems
 ):             # one line that names the key, the rule and what came
@@ -104,13 +102,14 @@ def _say(
     for p in problems:
         key = ".".join(str(k) for k in p["loc"] if k != "body") or "the body"
         if p["type"] == "json_invalid": line = "the body must be JSON: " + str(p.get("ctx", {}).get("error", p["msg"]))
-        elif p["type"] == "extra_forbidden": line = f"{key} is no known key; allowed: {', '.join(GenerateRequest.model_fields)}"
+        elif p["type"] == "extra_forbidden":
+            line = f"{key} is no known key; allowed: {', '.join(GenerateRequest.model_fields)}"
         elif p["type"] == "missing": line = f"{key} must be given"
         else: line = f"{key}: {p['msg']}, got {p.get('input')!r}"
         lines.append(f"generate: {line}"[:300])
     return "; ".join(lines).encode("utf-8", "backslashreplace").decode()  # half an emoji must not break the answer
 
-# %% ../nbs/08_serving.ipynb #6d8e5811
+# %% ../nbs/08_serving.ipynb #d4cd50d2
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -121,7 +120,6 @@ def _add_generate(app, painter):
         200: {"content": {"image/png": {}}, "description": "the picture; the header X-Seed says its seed"},
         422: {"description": "refused before painting; detail says why"}})
     def generate(request:GenerateRequest)->Response:
-        # a plain def: FastAPI runs it in a thread, so that /healthz answers while a picture is being painted
         try: done = painter(request.prompt, seed=request.seed, steps=request.steps, guidance=request.guidance)
         except ValueError as e: return JSONResponse({"detail": str(e)}, status_code=422)
         png = png_bytes(done.images[0], done.recipe | {"seed": done.seeds[0]})
@@ -133,14 +131,14 @@ def _add_generate(app, painter):
     def refuse(request:Request, error:RequestValidationError)->JSONResponse:
         return JSONResponse({"detail": _say(error.errors())}, status_code=422)
 
-# %% ../nbs/08_serving.ipynb #07e3eb31
+# %% ../nbs/08_serving.ipynb #298d58d1
 def _add_health(app, painter):
-    @app.get("/healthz", summary="Is it up, and with what", response_description="status, checkpoint, device, model, busy")
+    @app.get("/healthz", summary="Is it up, and with what", response_description="status, checkpoint, device, busy")
     async def healthz()->dict:
         return dict(status="ok", checkpoint=str(painter.checkpoint), device=painter.device, model=painter.about,
                     busy=painter.lock.locked())
 
-# %% ../nbs/08_serving.ipynb #11317bc5
+# %% ../nbs/08_serving.ipynb #9f1119c4
 import html, json
 
 _DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -148,11 +146,15 @@ _DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="view
 body {{font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #222}}
 code, pre, textarea {{font: 14px ui-monospace, monospace; background: #f3f3f5; border-radius: 4px; padding: .1em .3em}}
 pre, textarea {{padding: .8em; overflow: auto; width: 100%; box-sizing: border-box; border: 1px solid #ddd}}
-td {{padding: .3em 1em .3em 0; vertical-align: top}} pre {{white-space: pre-wrap}} button {{font: inherit; padding: .3em 1em}}
-#answer img {{width: 256px; image-rendering: pixelated; background: repeating-conic-gradient(#e2e2e2 0 25%, #fff 0 50%) 0 0/24px 24px}}</style>
-<h1>pokemon_nb</h1><p>{description} <a href="./">The page to play with</a> · <a href="openapi.json">openapi.json</a></p>
+td {{padding: .3em 1em .3em 0; vertical-align: top}} pre {{white-space: pre-wrap}}
+button {{font: inherit; padding: .3em 1em}}
+#answer img {{width: 256px; image-rendering: pixelated;
+  background: repeating-conic-gradient(#e2e2e2 0 25%, #fff 0 50%) 0 0/24px 24px}}</style>
+<h1>pokemon_nb</h1>
+<p>{description} <a href="./">The page to play with</a> · <a href="openapi.json">openapi.json</a></p>
 {body}<h2>Try it</h2><textarea id="q" rows="3">{example}</textarea><p><button id="go">POST /generate</button></p>
-<div id="answer"></div><pre>curl -H 'Content-Type: application/json' -d '{example}' -o picture.png <span id="u"></span>generate</pre>
+<div id="answer"></div>
+<pre>curl -H 'Content-Type: application/json' -d '{example}' -o picture.png <span id="u"></span>generate</pre>
 <script>
 const base = new URL("./", location.href).href, answer = document.getElementById("answer");
 document.getElementById("u").textContent = base;
@@ -162,10 +164,11 @@ document.getElementById("go").onclick = async () => {{
     headers: {{"Content-Type": "application/json"}}}});
   answer.textContent = "seed " + r.headers.get("X-Seed") + ", " + r.headers.get("Server-Timing").split("=")[1] + " ms";
   if (!r.ok) {{ answer.textContent = r.status + ": " + (await r.json()).detail; return; }}
-  const img = new Image(); img.src = URL.createObjectURL(await r.blob()); answer.prepend(img, document.createElement("br"));
+  const img = new Image(); img.src = URL.createObjectURL(await r.blob());
+  answer.prepend(img, document.createElement("br"));
 }};</script></html>"""
 
-# %% ../nbs/08_serving.ipynb #aa0ea044
+# %% ../nbs/08_serving.ipynb #f5c170ab
 def _describe(schema):
     "HTML for the paths of an OpenAPI `schema`: what each does, what it takes, what it answers."
     e, parts = html.escape, []
@@ -173,11 +176,12 @@ def _describe(schema):
         for verb, op in methods.items():
             parts.append(f"<h2><code>{verb.upper()} {e(path)}</code></h2><p>{e(op.get('summary', ''))}</p>")
             body = op.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
-            fields = schema["components"]["schemas"].get(body.get("$ref", "/").rsplit("/", 1)[-1], {}) if body else {}
-            rows = [f"<tr><td><code>{e(k)}</code>{' (needed)' if k in fields.get('required', []) else ''}</td>"
-                    f"<td>{e(v.get('description', ''))}</td></tr>" for k, v in fields.get("properties", {}).items()]
-            rows += [f"<tr><td>answers {e(c)}</td><td>{e(r['description'])}</td></tr>" for c, r in op["responses"].items()]
-            parts.append(f"<table>{''.join(rows)}</table>")
+            fields = schema["components"]["schemas"].get(body.get("$ref", "").rsplit("/", 1)[-1], {})
+            needed = fields.get("required", [])
+            rows = [(f"<code>{e(k)}</code>{' (needed)' if k in needed else ''}", e(v.get("description", "")))
+                    for k, v in fields.get("properties", {}).items()]
+            rows += [(f"answers {e(code)}", e(r["description"])) for code, r in op["responses"].items()]
+            parts.append("<table>" + "".join(f"<tr><td>{a}</td><td>{b}</td></tr>" for a, b in rows) + "</table>")
     return "".join(parts)
 
 def _add_docs(app):
@@ -188,52 +192,52 @@ def _add_docs(app):
         return HTMLResponse(_DOCS.format(description=html.escape(app.description), example=example,
                                          body=_describe(app.openapi())))
 
-# %% ../nbs/08_serving.ipynb #2f68b43e
-_EXAMPLES = ["a blue water pokemon with wings", "a small red fire creature on four legs", "a yellow electric mouse pokemon",
-             "a green grass pokemon standing upright", "a pink fairy creature with a round body", "a purple ghost critter"]
+# %% ../nbs/08_serving.ipynb #619d6d20
+_EXAMPLES = ["a blue water pokemon with wings", "a small red fire creature on four legs",
+             "a yellow electric mouse pokemon", "a green grass pokemon standing upright",
+             "a pink fairy creature with a round body", "a purple ghost critter"]
 _CSS = """
 .gradio-container {max-width: 1100px !important; margin: 0 auto !important}
-#pictures img {image-rendering: pixelated; background: repeating-conic-gradient(#e2e2e2 0 25%, #fff 0 50%) 0 0/24px 24px}
+#pictures img {image-rendering: pixelated;
+  background: repeating-conic-gradient(#e2e2e2 0 25%, #fff 0 50%) 0 0/24px 24px}
 #pictures.white img {background: #fff}
 """
-_ON_WHITE = "b => document.querySelector('#pictures').classList.toggle('white', b === 'white')"
+_ON_WHITE = "b => { document.querySelector('#pictures').classList.toggle('white', b === 'white'); }"
+_FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
-def _theme():
-    import gradio as gr
-    return gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-
-# %% ../nbs/08_serving.ipynb #215b095c
+# %% ../nbs/08_serving.ipynb #144a5892
 def _controls(painter):
     "Left half of the page; returns its parts by name."
     import gradio as gr
     prompt = gr.Textbox(label="Prompt", value=_EXAMPLES[0], lines=2, max_length=1000, autofocus=True,
-                        placeholder="a blue water pokemon with wings; leave empty for anything")
+                        placeholder="words for a creature; leave empty for anything")
     n = gr.Slider(1, 16, value=4, step=1, label="Pictures")
     with gr.Row(equal_height=True):
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, scale=2, info="same seed, same pictures")
         reroll = gr.Button("Re-roll", scale=1)
     with gr.Accordion("Steps and guidance", open=False):
         own = painter.defaults
-        steps = gr.Slider(1, max(50, own["steps"]), value=own["steps"], step=1, label="Steps", info="more is slower and finer")
+        steps = gr.Slider(1, max(50, own["steps"]), value=own["steps"], step=1, label="Steps",
+                          info="more is slower and finer")
         guidance = gr.Slider(0, 10, value=own["guidance"], step=0.1, label="Guidance",
                              info="1 = as trained; more follows the words closer and varies less")
     go = gr.Button("Paint", variant="primary", size="lg")
     examples = gr.Examples([[p] for p in _EXAMPLES], prompt, label="For example")
     return dict(prompt=prompt, n=n, seed=seed, steps=steps, guidance=guidance), go, reroll, examples
 
-# %% ../nbs/08_serving.ipynb #97ad0e4a
+# %% ../nbs/08_serving.ipynb #593bfbb0
 def _gallery():
     "Right half of the page: pictures, what was done, background."
     import gradio as gr
-    pictures = gr.Gallery(label="Pictures", elem_id="pictures", columns=2, object_fit="contain", height=520, format="png",
-                          buttons=["download", "fullscreen"], interactive=False)
+    pictures = gr.Gallery(label="Pictures", elem_id="pictures", columns=2, object_fit="contain", height=520,
+                          format="png", buttons=["download", "fullscreen"], interactive=False)
     with gr.Row(equal_height=True):
         note = gr.Markdown("Nothing painted yet.")
         back = gr.Radio(["checker", "white"], value="checker", label="Background", container=False, min_width=200)
     back.change(None, back, js=_ON_WHITE, api_visibility="private")
     return pictures, note
 
-# %% ../nbs/08_serving.ipynb #badbdeb3
+# %% ../nbs/08_serving.ipynb #5aa9bb5c
 import math
 
 def _paint_handler(painter):
@@ -245,16 +249,17 @@ def _paint_handler(painter):
             done = painter(prompt, n=int(n), seed=None if seed is None else int(seed), steps=int(steps),
                            guidance=float(guidance), on_step=lambda i: progress((i, int(steps)), desc="painting"))
         except ValueError as e: raise gr.Error(str(e), title="Not painted", print_exception=False) from e
-        s = done.seeds
-        note = f"{len(s)} picture{'s'*(len(s) > 1)} in {done.seconds:.1f} s · seed {s[0]}{f' to {s[-1]}'*(len(s) > 1)}"
-        shown = gr.Gallery([(im, f"seed {k}") for im, k in zip(done.images, s)], columns=min(4, math.ceil(len(s)**.5)))
+        s, many = done.seeds, len(done.seeds) > 1
+        note = f"{len(s)} picture{'s'*many} in {done.seconds:.1f} s · seed {s[0]}{f' to {s[-1]}'*many}"
+        named = [(im, f"seed {k}") for im, k in zip(done.images, s)]
+        shown = gr.Gallery(named, columns=min(4, math.ceil(len(s)**.5)))
         return shown, f"{note} · {int(steps)} steps · guidance {guidance:g}", s[0]
     return paint
 
-# %% ../nbs/08_serving.ipynb #02ac57ee
+# %% ../nbs/08_serving.ipynb #4e803f9c
 def build_page(
     painter:Painter,  # what paints
-)->"gr.Blocks":       # the page, ready to be mounted
+):                    # a `gradio.Blocks`, ready to be mounted
     "The page to play with."
     import gradio as gr
     with gr.Blocks(title="pokemon_nb", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -271,7 +276,7 @@ def build_page(
         examples.load_input_event.then(**call)
     return page.queue(max_size=32, default_concurrency_limit=1, api_open=False)
 
-# %% ../nbs/08_serving.ipynb #61e22fa2
+# %% ../nbs/08_serving.ipynb #3eda7325
 def create_app(
     checkpoint:str|Path|None=None,  # checkpoint or run folder; None = the newest run, else the package's own
     device:str="auto",              # "cpu", "cuda" or "mps"; "auto" = a GPU when there is one
@@ -283,17 +288,18 @@ def create_app(
     _add_generate(app, painter); _add_health(app, painter); _add_docs(app)
     if page:
         import gradio as gr
-        gr.mount_gradio_app(app, build_page(painter), path="/", theme=_theme(), css=_CSS, footer_links=[],
-                            run_history=False, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False)
+        gr.mount_gradio_app(app, build_page(painter), path="/", theme=gr.themes.Soft(primary_hue="indigo", **_FONTS),
+                            css=_CSS, footer_links=[], run_history=False, ssr_mode=False, mcp_server=False,
+                            enable_monitoring=False, pwa=False)
     return app
 
-# %% ../nbs/08_serving.ipynb #8d803e26
+# %% ../nbs/08_serving.ipynb #07ec9011
 import os, socket
 
 def _bind(
     host,  # address of this machine, or a name for one
     port,  # 0 to 65535; 0 = any free one
-):         # a bound socket that does not listen yet: until the model is there, callers are refused instead of kept waiting
+):         # a socket that does not listen yet: until the model is there, callers are refused instead of kept waiting
     if not 0 <= port <= 65535: raise ValueError(f"pokemon_serve: port must be from 0 to 65535, got {port}")
     try: family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     except OSError as e:
@@ -303,7 +309,7 @@ def _bind(
     try: sock.bind((host, port))
     except OSError as e:
         sock.close()
-        raise ValueError(f"pokemon_serve: port must be free, got {host}:{port} ({e.strerror}); "
+        raise ValueError(f"pokemon_serve: port must be one that can be taken, got {host}:{port} ({e.strerror}); "
                          "stop the other program or choose another with --port (0 takes any free one)") from e
     return sock
 
