@@ -9,7 +9,7 @@ __all__ = ['COLOURS', 'SHAPES', 'TYPES', 'SPLITS', 'BODY_PLANS', 'TYPE_MARKS', '
            'critter_family', 'dataset_hash', 'read_metadata', 'write_manifest', 'build_dataset', 'DatasetInfo',
            'open_dataset', 'PokemonDataset', 'augment', 'StepSampler', 'PokemonData', 'pokemon_data']
 
-# %% ../nbs/01_data.ipynb #7ce748f6
+# %% ../nbs/01_data.ipynb #65cebf62
 import csv, hashlib, io, json, math, os, re, shutil, sys, time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ from fastcore.basics import patch
 from fastcore.script import call_parse, store_true
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/01_data.ipynb #f4a67bab
 COLOURS = ("black", "blue", "brown", "gray", "green", "pink", "purple", "red", "white", "yellow")

@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['LIMITS', 'new_seed', 'Painted', 'Painter', 'GenerateRequest', 'build_page', 'create_app', 'pokemon_serve']
 
-# %% ../nbs/08_serving.ipynb #8adcabb0
+# %% ../nbs/08_serving.ipynb #63358060
 import random
 
 # (lowest, highest) that a request may ask for; 2**53 is how far a browser counts exactly
 LIMITS = dict(n=(1, 16), steps=(1, 1000), guidance=(0.0, 30.0), seed=(0, 2**53 - 1))
 
 def new_seed(
-)->int:  # 0 <= seed < 2**31
-    "A seed that nobody asked for, short enough to be read out."
-    return random.SystemRandom().randrange(2**31)  # not the global generator, which a seeded program would repeat
+    below:int=2**31,  # the smaller, the easier to read out; the larger, the rarer a seed comes twice
+)->int:               # 0 <= seed < below
+    "A seed that nobody asked for."
+    return random.SystemRandom().randrange(below)  # not the global generator, which a seeded program would repeat
 
-# %% ../nbs/08_serving.ipynb #cbd10350
+# %% ../nbs/08_serving.ipynb #4b4c046d
 def _within(name, value, whole=True):
-    "Refuse a number outside `LIMITS`; None stands for the checkpoint's own choice."
-    if value is None: return None
+    "Refuse a number outside `LIMITS`; None stands for the checkpoint's own choice, which only `n` does not have."
+    if value is None and name != "n": return None
     low, high = LIMITS[name]
     good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and low <= value <= high
     if not good:
@@ -256,7 +257,7 @@ def _paint_handler(painter):
         return shown, f"{note} · {int(steps)} steps · guidance {guidance:g}", s[0]
     return paint
 
-# %% ../nbs/08_serving.ipynb #4e803f9c
+# %% ../nbs/08_serving.ipynb #248d2366
 def build_page(
     painter:Painter,  # what paints
 ):                    # a `gradio.Blocks`, ready to be mounted
@@ -272,7 +273,7 @@ def build_page(
         call = dict(fn=_paint_handler(painter), inputs=list(inputs.values()), outputs=[pictures, note, inputs["seed"]],
                     api_visibility="private", show_progress_on=pictures, concurrency_id="painter", trigger_mode="once")
         gr.on([go.click, inputs["prompt"].submit], **call)
-        reroll.click(new_seed, None, inputs["seed"], api_visibility="private").then(**call)
+        reroll.click(lambda: new_seed(10**5), None, inputs["seed"], api_visibility="private").then(**call)
         examples.load_input_event.then(**call)
     return page.queue(max_size=32, default_concurrency_limit=1, api_open=False)
 
@@ -293,7 +294,7 @@ def create_app(
                             enable_monitoring=False, pwa=False)
     return app
 
-# %% ../nbs/08_serving.ipynb #07ec9011
+# %% ../nbs/08_serving.ipynb #c7926423
 import os, socket
 
 def _bind(
@@ -309,7 +310,8 @@ def _bind(
     try: sock.bind((host, port))
     except OSError as e:
         sock.close()
-        raise ValueError(f"pokemon_serve: port must be one that can be taken, got {host}:{port} ({e.strerror}); "
+        raise ValueError("pokemon_serve: host and port must be free and on this machine, "
+                         f"got {host}:{port} ({e.strerror}); "
                          "stop the other program or choose another with --port (0 takes any free one)") from e
     return sock
 

@@ -743,7 +743,7 @@ def finish(
     write_atomic(run / "loss.png", curve.getvalue()); write_atomic(run / "grid.png", grid.getvalue())
     print(f"checkpoint {run / 'checkpoint'} · grid {run / 'grid.png'} · curve {run / 'loss.png'}")
 
-# %% ../nbs/05_train.ipynb #d1daab85
+# %% ../nbs/05_train.ipynb #159b35be
 from fastcore.script import Param, call_parse
 
 from .data import cli_errors
@@ -751,7 +751,7 @@ from .data import cli_errors
 
 @call_parse
 def pokemon_train(
-    overrides:Param("Hydra overrides, e.g. data=pokemon optimizer=sgd training_params.lr=0.0003", str, nargs="*")="",  # noqa: F722
+    overrides:Param("Hydra overrides, e.g. data=pokemon optimizer=sgd training_params.lr=0.0003", str, opt=False, nargs="*")="",  # noqa: F722
     data:str="",              # "critters", a built folder, or a folder to build from; empty = as the overrides say
     steps:int=None,           # optimizer steps
     batch_size:int=None,      # pictures per step and device

@@ -16,8 +16,8 @@ from pokemon_nb import data
 from pokemon_nb.data import (
     COLOURS, PAINT_RGB, SHAPES, SPLITS, TYPES, Critter, PokemonData, PokemonDataset, StepSampler, augment,
     build_dataset, critter_family, cut_matte, dataset_hash, from_tensor, image_grid, load_rgba, needs_matte,
-    open_dataset, over, paint_critter, random_critter, read_metadata, split_of, step_seed, to_float, to_tensor, write_atomic,
-    write_manifest,
+    open_dataset, over, paint_critter, random_critter, read_metadata, split_of, step_seed, to_float, to_tensor,
+    write_atomic, write_manifest,
 )
 
 
@@ -92,7 +92,7 @@ def test_over_agrees_with_pillow():
 @pytest.mark.parametrize("colour", ["white", "black", "yellow"])
 def test_matte_gives_the_alpha_back(colour):
     for seed, shape in enumerate(SHAPES):
-        if shape in ("arms", "tentacles", "armor", "heads"): continue          # they enclose ground, which stays by design
+        if shape in ("arms", "tentacles", "armor", "heads"): continue              # ground that they enclose stays
         im = paint_critter(Critter(colour, shape, ("rock",), seed=seed), 96)
         assert not needs_matte(im) and needs_matte(pasted(im))
         a, b = (np.asarray(i)[..., 3].astype(int) for i in (im, cut_matte(pasted(im))))
@@ -103,7 +103,9 @@ def test_matte_gives_the_alpha_back(colour):
 
 def test_matte_stops_at_an_outline_with_a_pinhole():
     im = Image.new("RGB", (60, 60), "white")
-    px = np.asarray(im).copy(); px[10:50, 10:50] = 0; px[13:47, 13:47] = 255; px[30:32, 10:13] = 255     # a two-pixel gap
+    px = np.asarray(im).copy()
+    px[10:50, 10:50] = 0; px[13:47, 13:47] = 255
+    px[30:32, 10:13] = 255                                                         # a two-pixel gap in the outline
     alpha = np.asarray(cut_matte(Image.fromarray(px)))[..., 3]
     assert alpha[30, 30] == 255 and alpha[5, 5] == 0
 
@@ -115,7 +117,7 @@ def test_modes_are_converted_knowingly(tmp_path, mode):
     else: Image.new("RGB", (9, 9), (128, 128, 128)).convert(mode).save(path)
     im = load_rgba(path)
     assert im.mode == "RGBA" and im.getpixel((0, 0))[3] == 255
-    if mode != "1": assert abs(im.getpixel((4, 4))[0] - 128) <= 4
+    if mode not in ("1", "P"): assert abs(im.getpixel((4, 4))[0] - 128) <= 4      # these two have no middle gray
 
 
 def test_palette_transparency_survives(tmp_path):
@@ -134,7 +136,8 @@ def test_broken_pictures_are_named(tmp_path, keep):
 def test_image_grid_sizes():
     ims = [paint_critter(random_critter(k), 16) for k in range(5)]
     assert image_grid(ims, cols=3, pad=2).size == (3*18 + 2, 2*18 + 2)
-    assert image_grid(to_float(torch.stack([to_tensor(i, 16) for i in ims])), cols=9, background="checker").mode == "RGB"
+    batch = to_float(torch.stack([to_tensor(i, 16) for i in ims]))
+    assert image_grid(batch, cols=9, background="checker").mode == "RGB"
     with pytest.raises(ValueError, match="one per picture"): image_grid(ims, captions=["a"])
 
 
@@ -248,8 +251,8 @@ def test_two_builds_are_the_same_bytes(root, tmp_path):
 
 
 def test_records_have_the_agreed_form(root):
-    want = {"file_name", "id", "name", "family", "types", "colour", "shape", "genus", "habitat", "legendary", "mythical",
-            "baby", "height_m", "weight_kg", "source"}
+    want = {"file_name", "id", "name", "family", "types", "colour", "shape", "genus", "habitat", "legendary",
+            "mythical", "baby", "height_m", "weight_kg", "source"}
     rows = [r for s in SPLITS for r in read_metadata(root, s)]
     assert sorted(r["id"] for r in rows) == list(range(1, 81))
     for r in rows:
@@ -261,8 +264,8 @@ def test_datasets_loads_the_build(root, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1"); monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     datasets = pytest.importorskip("datasets", reason="the dev extra is not installed")
     ds = datasets.load_dataset("imagefolder", data_dir=str(root), cache_dir=str(tmp_path))
-    counts = open_dataset(root).counts
-    assert {k: v.num_rows for k, v in ds.items()} == {"train": counts["train"], "validation": counts["val"], "test": counts["test"]}
+    n = open_dataset(root).counts
+    assert {k: v.num_rows for k, v in ds.items()} == dict(train=n["train"], validation=n["val"], test=n["test"])
     row, record = ds["train"][0], read_metadata(root, "train")[0]
     assert row["name"] == record["name"] and row["image"].size == (32, 32) and row["image"].mode == "RGBA"
 
@@ -300,7 +303,8 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("bad, why", [
-    (dict(n=0), "n must be at least 1"), (dict(n=2), "every split must get a family"), (dict(size=2), r"size must lie in"),
+    (dict(n=0), "n must be at least 1"), (dict(n=2), "every split must get a family"),
+    (dict(size=2), "size must lie in"),
 ])
 def test_bad_critter_builds(tmp_path, bad, why):
     with pytest.raises(ValueError, match=why): build_dataset("critters", tmp_path/"data", **(dict(n=80, size=16) | bad))
@@ -323,7 +327,8 @@ def test_dataset_refuses(root, bad):
 def test_reader_names_the_row(root, tmp_path):
     out = build_dataset("critters", tmp_path/"data", n=80, size=16)
     meta = out/"val"/"metadata.jsonl"; lines = meta.read_text().splitlines(True)
-    for text, why in (("".join(lines[:2]) + "{oops\n", "line 3"), ("".join(lines[1:]), "image must have its metadata row"),
+    for text, why in (("".join(lines[:2]) + "{oops\n", "line 3"),
+                      ("".join(lines[1:]), "image must have its metadata row"),
                       (lines[0] + "".join(lines), "line 2.*again"), ("[]\n", "line 1"), ("", "at least one row"),
                       ("".join(lines) + '{"file_name": "no.png"}\n', "without: no.png"),
                       ('{"file_name": "../x.png"}\n', "inside the folder")):
@@ -335,17 +340,22 @@ def test_reader_names_the_row(root, tmp_path):
 
 # --- the command line -----------------------------------------------------------------------------------------------
 def script(*args, cwd):
-    code = "import sys; from pokemon_nb.data import pokemon_data; sys.argv[0] = 'pokemon_data'; pokemon_data()"
+    (cwd/"cli.py").write_text("from pokemon_nb.data import pokemon_data\npokemon_data()\n")
     env = os.environ | {"PYTHONPATH": str(Path(data.__file__).parents[1])}
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "cli.py", *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
 
 
-def test_command_line(tmp_path):
-    done = script("--n", 60, "--size", 16, "--out", "d", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "train" in done.stdout and "sha256" in done.stdout
+def test_command_line(tmp_path, capsys):
+    data.pokemon_data("critters", str(tmp_path/"d"), n=80, size=16)
+    said = capsys.readouterr().out
+    assert said.startswith("source: critters (n 80") and "train" in said and "sha256" in said
     wrong = script("--source", "nowhere", "--out", "e", cwd=tmp_path)
-    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
-    assert wrong.stderr.strip().splitlines() == [
-        "error: build_dataset: source must be 'critters' or a folder, got 'nowhere'"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["d"]
+    assert wrong.returncode == 2
+    assert wrong.stderr.strip() == "error: build_dataset: source must be 'critters' or a folder, got 'nowhere'"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cli.py", "d"]
+
+
+@pytest.mark.slow
+def test_help_is_made_of_the_parameter_comments(tmp_path):
+    usage = script("--help", cwd=tmp_path)
+    assert usage.returncode == 0 and "a folder with pokedex.csv and images/" in " ".join(usage.stdout.split())

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from pokemon_nb.data import (
-    SPLITS, Pokedex, PokemonDataset, build_dataset, dataset_hash, open_dataset, paint_critter, random_critter, read_metadata,
-    split_of, write_atomic,
+    SPLITS, Pokedex, PokemonDataset, build_dataset, dataset_hash, open_dataset, paint_critter, random_critter,
+    read_metadata, split_of, write_atomic,
 )
 
 REAL = Path(__file__).parents[2]/"shared"/"pokemon"
-needs_real = pytest.mark.skipif(not (REAL/"pokedex.csv").is_file(), reason="the real table is not beside the repository")
+needs_real = pytest.mark.skipif(not (REAL/"pokedex.csv").is_file(), reason="no real table beside the repository")
 ROW = dict(id="1", name="Leafling", genus="Sprout Pokémon", type_1="grass", type_2="", color="green", shape="upright",
            habitat="", generation="1", egg_groups="plant", height_dm="7", weight_hg="69", evolves_from="", is_baby="0",
            is_legendary="0", is_mythical="0")
@@ -28,11 +28,12 @@ def write_pokedex(folder, rows):
 
 @pytest.fixture
 def zoo(tmp_path):
-    """A source like the real one, with critters: 40 species in pairs, one stray suffix, one opaque white picture."""
+    """A source like the real one, of critters: 80 species, two pairs, one stray suffix, one opaque white."""
     folder = tmp_path/"zoo"
-    write_pokedex(folder, [dict(id=str(k), name=f"N{k}", evolves_from=str(k - 1) if k % 2 == 0 else "") for k in range(1, 41)])
+    parent = lambda k: str(k - 1) if k in (8, 12) else ""
+    write_pokedex(folder, [dict(id=str(k), name=f"N{k}", evolves_from=parent(k)) for k in range(1, 81)])
     (folder/"images").mkdir()
-    for k in range(1, 41):
+    for k in range(1, 81):
         im = paint_critter(random_critter(k), 24)
         if k == 9: im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
         im.save(folder/"images"/f"{k:03}{'r' if k == 7 else ''}.png")
@@ -42,18 +43,19 @@ def zoo(tmp_path):
 def test_pokemon_folder(zoo, tmp_path, capsys):
     out = build_dataset(zoo, tmp_path/"data")
     info = open_dataset(out)
-    assert (info.source, sum(info.counts.values()), info.mattes) == ("pokemon", 40, 1)
-    assert "1 of 40 images stand on opaque white" in capsys.readouterr().out
+    assert (info.source, sum(info.counts.values()), info.mattes) == ("pokemon", 80, 1)
+    assert "1 of 80 images stand on opaque white" in capsys.readouterr().out
     rows = {r["id"]: (s, r) for s in SPLITS for r in read_metadata(out, s)}
     assert rows[7][1]["file_name"] == "007.png" and rows[8][1]["family"] == 7 and rows[8][0] == rows[7][0]
     assert rows[1][1] | dict(source="pokemon") == rows[1][1] and rows[1][1]["genus"] == "Sprout"
-    assert (out/rows[7][0]/"007.png").read_bytes() == (zoo/"images"/"007r.png").read_bytes()        # byte for byte
+    assert (out/rows[7][0]/"007.png").read_bytes() == (zoo/"images"/"007r.png").read_bytes()
     assert dataset_hash(build_dataset(zoo, tmp_path/"again")) == info.hash
 
 
 @pytest.mark.parametrize("change, why", [
     (dict(color="teal"), "line 3: color must be a known word, got 'teal'"), (dict(shape="cube"), "shape"),
-    (dict(type_1=""), "type_1"), (dict(type_2="sound"), "type_2"), (dict(height_dm="tall"), "height_dm must be a number"),
+    (dict(type_1=""), "type_1"), (dict(type_2="sound"), "type_2"),
+    (dict(height_dm="tall"), "height_dm must be a number"),
     (dict(weight_hg="-3"), "weight_hg"), (dict(height_dm="inf"), "height_dm"), (dict(is_baby="yes"), "is_baby"),
     (dict(id="0"), "id must be"), (dict(id="1"), "id must be unique"), (dict(name=" "), "name must not be empty"),
     (dict(evolves_from="99"), "evolves_from must be an id of the table, got 99"), (dict(evolves_from="2"), "circle"),
