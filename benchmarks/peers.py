@@ -1,4 +1,5 @@
 """The networks that we measure against, at about 8 M parameters and otherwise in their own defaults."""
+
 import contextlib
 import importlib.util
 import sys

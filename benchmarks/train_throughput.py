@@ -7,6 +7,7 @@ One step is forward, backward and an AdamW update. Steps of all networks alterna
 hits everybody; the figure is the median. `share` is achieved FLOP/s over the matmul peak measured in the same run, in
 the number format of the row. Ratios of our row against a peer's *default* row are what the README states.
 """
+
 import statistics
 import time
 
@@ -107,8 +108,10 @@ def main(
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     peak = {d: matmul_peak(d) for d in (torch.float32, torch.bfloat16)}
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; matmul peak "
-          f"{peak[torch.float32]/1e9:.0f} GFLOP/s fp32, {peak[torch.bfloat16]/1e9:.0f} bf16")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; matmul peak "
+        f"{peak[torch.float32] / 1e9:.0f} GFLOP/s fp32, {peak[torch.bfloat16] / 1e9:.0f} bf16"
+    )
     rows = runners(compile)
     for b in batch:
         times = {r.name: [] for r in rows}
@@ -120,8 +123,14 @@ def main(
                 times[r.name].append(r.step(b))
         rate = {n: b / statistics.median(t) for n, t in times.items()}
         ddp, u2d = rate[rows[0].name], rate[rows[1].name]
-        print(f"\nbatch {b:<41} {'M par':>6} {'GFLOP':>6} {'img/s':>7} {'min-max':>13} {'x ddp':>6} {'x U2D':>6} {'share':>6}")
+        print(
+            f"\nbatch {b:<41} {'M par':>6} {'GFLOP':>6} {'img/s':>7} {'min-max':>13} "
+            f"{'x ddp':>6} {'x U2D':>6} {'share':>6}"
+        )
         for r in rows:
             v, t = rate[r.name], times[r.name]
             share = 3e9 * r.gflop * v / peak[torch.bfloat16 if r.bf16 else torch.float32]
-            print(f"{r.name:<47} {r.params:6.1f} {r.gflop:6.2f} {v:7.1f} {b/max(t):6.1f}-{b/min(t):<6.1f} {v/ddp:6.2f} {v/u2d:6.2f} {share:6.0%}")
+            print(
+                f"{r.name:<47} {r.params:6.1f} {r.gflop:6.2f} {v:7.1f} "
+                f"{b / max(t):6.1f}-{b / min(t):<6.1f} {v / ddp:6.2f} {v / u2d:6.2f} {share:6.0%}"
+            )

@@ -651,7 +651,7 @@ def image_grid(
             pen.text((x + side/2, y + side), text, "gray", font, anchor="mt" if hasattr(font, "getbbox") else None)
     return sheet
 
-# %% ../nbs/01_data.ipynb #d9377784
+# %% ../nbs/01_data.ipynb #57eca216
 _COLUMNS = ("id", "name", "genus", "type_1", "type_2", "color", "shape", "habitat", "height_dm", "weight_hg",
             "evolves_from", "is_baby", "is_legendary", "is_mythical")
 
@@ -669,7 +669,8 @@ def _pokedex_row(row:dict)->dict:
     types = [word("type_1", TYPES)] + ([word("type_2", TYPES)] if row["type_2"] else [])
     flags = {k: word(f"is_{k}", ("0", "1")) == "1" for k in ("legendary", "mythical", "baby")}
     return dict(id=number("id", low=1), name=row["name"].strip(), types=types, colour=word("color", COLOURS),
-                shape=word("shape", SHAPES), genus=row["genus"].removesuffix("Pokémon").strip(), habitat=row["habitat"],
+                shape=word("shape", SHAPES), genus=row["genus"].removesuffix("Pokémon").strip(),
+                habitat=row["habitat"],
                 height_m=number("height_dm", float)/10, weight_kg=number("weight_hg", float)/10,
                 evolves_from=number("evolves_from", low=1) if row["evolves_from"] else None, **flags)
 

@@ -103,7 +103,7 @@ class BetaSchedule:
         t = (self.timesteps - torch.arange(n, dtype=torch.float64) * self.timesteps / n).round().long() - 1
         return torch.cat([self.sigmas[t], torch.zeros(1, dtype=torch.float64)])
 
-# %% ../nbs/04_ddpm.ipynb #a7b56918
+# %% ../nbs/04_ddpm.ipynb #3dace9fe
 PREDICTIONS = ("edm", "eps", "v", "x0")
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ class Preconditioner:
 
     def __post_init__(self):
         if self.prediction not in PREDICTIONS:
-            raise ValueError(f"Preconditioner: prediction must be known, got {self.prediction!r}; allowed: {PREDICTIONS}")
+            raise ValueError(f"Preconditioner: prediction must be known, got {self.prediction!r}; "
+                             f"allowed: {', '.join(PREDICTIONS)}")
         if not self.sigma_data > 0:
             raise ValueError(f"Preconditioner: sigma_data must be positive, got {self.sigma_data}")
 
@@ -296,7 +297,7 @@ def sample_dpmpp_2m(
 # %% ../nbs/04_ddpm.ipynb #8999ad1f
 SAMPLERS = {"ddpm": sample_ddpm, "ddim": sample_ddim, "heun": sample_heun, "dpmpp_2m": sample_dpmpp_2m}
 
-# %% ../nbs/04_ddpm.ipynb #c0a67cd2
+# %% ../nbs/04_ddpm.ipynb #2d5675f9
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
@@ -318,7 +319,7 @@ class NoiseProcess(SchedulerMixin, ConfigMixin):
         timesteps:int=1000,         # number of timesteps ("linear" and "cosine" schedules)
     ):
         if schedule not in ("edm", "linear", "cosine"):
-            raise ValueError(f"NoiseProcess: schedule must be known, got {schedule!r}; allowed: 'edm', 'linear', 'cosine'")
+            raise ValueError(f"NoiseProcess: schedule must be known, got {schedule!r}; allowed: edm, linear, cosine")
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"NoiseProcess: need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
         self.precondition = Preconditioner(prediction, sigma_data)
@@ -342,7 +343,7 @@ class PokemonOutput(BaseOutput):
     seeds:list|None = None # the seed of each picture, where seeds were used
     nfe:float = 0.0        # network calls per picture
 
-# %% ../nbs/04_ddpm.ipynb #1a4e49fd
+# %% ../nbs/04_ddpm.ipynb #dd62acfe
 class PokemonPipeline(DiffusionPipeline):
     "Text to picture: `pipe('a blue water pokemon with wings', seed=0).images[0]`."
     model_cpu_offload_seq = "unet"
@@ -359,8 +360,9 @@ class PokemonPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(text_encoder_name=text_encoder_name, sample_size=sample_size, sampler=sampler,
-                                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, training=training)
+        self.register_to_config(
+            text_encoder_name=text_encoder_name, sample_size=sample_size, sampler=sampler,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, training=training)
         self._text_encoder = None
 
     @property
@@ -369,7 +371,7 @@ class PokemonPipeline(DiffusionPipeline):
         if self._text_encoder is None: self._text_encoder = TextEncoder(self.config.text_encoder_name)
         return self._text_encoder
 
-# %% ../nbs/04_ddpm.ipynb #4cef94e1
+# %% ../nbs/04_ddpm.ipynb #b64af5d8
 from fastcore.basics import patch
 
 
@@ -380,7 +382,8 @@ def picture_generators(
     "One generator a picture, so that a picture depends on its own seed only."
     if seed is None: seed = torch.randint(2**31, ()).item()
     seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + i for i in range(n)]
-    if len(seeds) != n: raise ValueError(f"seed must be one number or one for each picture, got {len(seeds)} seeds for {n}")
+    if len(seeds) != n:
+        raise ValueError(f"seed must be one number or one for each picture, got {len(seeds)} seeds for {n} pictures")
     if bad := [s for s in seeds if not isinstance(s, int) or not 0 <= s < 2**63]:
         raise ValueError(f"seed must be a whole number from 0 to 2^63-1, got {bad[0]!r}")
     return [torch.Generator().manual_seed(s) for s in seeds], seeds
@@ -451,7 +454,7 @@ def __call__(self:PokemonPipeline,
     images = x if output_type == "pt" else [from_tensor(i) for i in x.cpu()]
     return PokemonOutput(images, seeds, count.nfe(len(text))) if return_dict else (images,)
 
-# %% ../nbs/04_ddpm.ipynb #7f869a92
+# %% ../nbs/04_ddpm.ipynb #e3835aa3
 def clamped(
     denoise:Callable,   # `denoise(x, sigma, text) -> x0`
 )->Callable:            # the same, with estimates inside [-1,1]
@@ -466,12 +469,13 @@ def check_call(
     output_type:str,       # "pil" or "pt"
 ):
     "Refuse what the pipeline cannot do, before any compute; raises ValueError."
-    if sampler not in SAMPLERS: raise ValueError(f"sampler must be known, got {sampler!r}; allowed: {', '.join(SAMPLERS)}")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be known, got {sampler!r}; allowed: {', '.join(SAMPLERS)}")
     if output_type not in ("pil", "pt"): raise ValueError(f"output_type must be 'pil' or 'pt', got {output_type!r}")
     if size < 1 or size > 512 or size % pipe.unet.min_side:
         raise ValueError(f"size must be a multiple of {pipe.unet.min_side} up to 512, got {size}")
 
-# %% ../nbs/04_ddpm.ipynb #0a605f40
+# %% ../nbs/04_ddpm.ipynb #ba4f75e4
 import json
 from pathlib import Path
 
@@ -492,14 +496,15 @@ def find_checkpoint(
         for folder in (Path(path), Path(path) / "checkpoint"):
             if is_checkpoint(folder): return folder
         why = "holds no model_index.json" if Path(path).is_dir() else "does not exist"
-        raise ValueError(f"checkpoint: {path} {why}; name a run folder or its checkpoint folder, or train one: pokemon_train")
+        raise ValueError(f"checkpoint: {path} {why}; name a run folder or its checkpoint, or train one: pokemon_train")
     found = sorted(Path(runs).glob("*/checkpoint/model_index.json"), key=lambda p: (p.stat().st_mtime, p.as_posix()))
     if found: return found[-1].parent
     shipped = sorted((Path(__file__).parent / "weights").glob("*/model_index.json")) if "__file__" in globals() else []
     if shipped: return shipped[-1].parent
-    raise ValueError(f"checkpoint: none found under {Path(runs).resolve()} and none is shipped; train one: pokemon_train, or make train")
+    raise ValueError(f"checkpoint: none found under {Path(runs).resolve()} and none is shipped; "
+                     "train one: pokemon_train, or make train")
 
-# %% ../nbs/04_ddpm.ipynb #63c65332
+# %% ../nbs/04_ddpm.ipynb #c0aa955b
 def load_pipeline(
     path:str|Path|None=None,   # as for `find_checkpoint`
     device:str="auto",         # "auto" = cuda, else mps, else cpu
@@ -507,17 +512,19 @@ def load_pipeline(
     "Load a checkpoint; one of another architecture or a damaged file is refused by name with a ValueError."
     folder = find_checkpoint(path)
     try: name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"checkpoint: {folder}/model_index.json is damaged: {e}") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"checkpoint: {folder}/model_index.json is damaged: {e}") from e
     if name != "PokemonPipeline":
         raise ValueError(f"checkpoint: {folder} holds a {name}, not a PokemonPipeline; load it with diffusers")
     try: pipe = PokemonPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
-    except Exception as e: raise ValueError(f"checkpoint: {folder} cannot be loaded, its weights and configuration do not fit "
-                                            f"together or a file is damaged: {type(e).__name__}: {str(e)[:300]}") from e
+    except Exception as e:           # whatever a damaged file makes the loaders raise, the folder is what is wrong
+        raise ValueError(f"checkpoint: {folder} cannot be loaded: weights and configuration do not fit together, or a "
+                         f"file is damaged: {type(e).__name__}: {str(e)[:300]}") from e
     pipe.unet.eval().to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(pick_device(device))
 
-# %% ../nbs/04_ddpm.ipynb #871ab7da
+# %% ../nbs/04_ddpm.ipynb #5743c582
 def pick_device(
     device:str="auto",   # "auto", "cpu", "cuda" or "mps"
 )->str:                  # a device that is there
@@ -525,7 +532,8 @@ def pick_device(
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto": return next(d for d, ok in there.items() if ok)
     if not there.get(device.split(":")[0], False):
-        raise ValueError(f"device: {device!r} is not available here; available: {', '.join(d for d, ok in there.items() if ok)}")
+        here = ", ".join(d for d, ok in there.items() if ok)
+        raise ValueError(f"device: {device!r} is not available here; available: {here}")
     return device
 
 
@@ -535,9 +543,10 @@ def describe(self:PokemonPipeline,
 )->str:                     # one line
     "What is used: weights, network, sampler, device."
     n, c = sum(p.numel() for p in self.unet.parameters()) / 1e6, self.config
-    return (f"checkpoint {folder or 'in memory'} ({c.training or 'untrained'}) · {n:.1f} M parameters {self.unet.dtype} · "
-            f"{c.sample_size} px {'RGBA' if self.unet.config.in_channels == 4 else 'RGB'} · {c.sampler}, "
-            f"{c.num_inference_steps} steps, guidance {c.guidance_scale:g} · text {c.text_encoder_name} · {self.device}")
+    kind = "RGBA" if self.unet.config.in_channels == 4 else "RGB"
+    return (f"checkpoint {folder or 'in memory'} ({c.training or 'untrained'}) · {n:.1f} M parameters, "
+            f"{self.unet.dtype} · {c.sample_size} px {kind} · {c.sampler}, {c.num_inference_steps} steps, "
+            f"guidance {c.guidance_scale:g} · text {c.text_encoder_name} · {self.device}")
 
 # %% ../nbs/04_ddpm.ipynb #cdc8d453
 import io, re
@@ -563,7 +572,7 @@ def slug(
     "A file name's worth of a prompt."
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:most].strip("-") or "anything"
 
-# %% ../nbs/04_ddpm.ipynb #a7b625ad
+# %% ../nbs/04_ddpm.ipynb #72e2359f
 from fastcore.script import Param, call_parse
 from .data import cli_errors
 
@@ -584,8 +593,8 @@ def save_pictures(
     for image, seed in zip(made.images, made.seeds):
         print(write_atomic(out / (name % seed), png_bytes(image, recipe | dict(seed=seed))))
     if len(made.images) > 1:
-        sheet = image_grid(made.images, cols=min(len(made.images), 8))
-        print(write_atomic(out / (name % f"{made.seeds[0]}-sheet"), png_bytes(sheet, recipe | dict(seed=made.seeds[0]))))
+        first, sheet = made.seeds[0], image_grid(made.images, cols=min(len(made.images), 8))
+        print(write_atomic(out / (name % f"{first}-sheet"), png_bytes(sheet, recipe | dict(seed=first))))
 
 
 @call_parse
@@ -594,8 +603,8 @@ def pokemon_generate(
     n:ShortParam("number of pictures", int)=1,
     seed:int=0,                                       # picture i gets seed+i; same seed, same image
     out:str="samples",                                # folder for the PNG files
-    checkpoint:str="",                                # checkpoint or run folder; empty = newest under runs/, else the shipped one
-    steps:int=None,                                   # sampler steps; empty = the checkpoint's default, as for the next two
+    checkpoint:str="",                                # checkpoint or run folder; empty = newest run, else shipped
+    steps:int=None,                                   # sampler steps; empty = as the checkpoint says, like the next two
     guidance:float=None,                              # guidance scale: 1 = none, 0 = ignore the prompt
     sampler:Param("sampler", str, choices=list(SAMPLERS))=None,
     device:Param("where to compute", str, choices=["auto", "cpu", "cuda", "mps"])="auto",
@@ -608,4 +617,5 @@ def pokemon_generate(
         print(f"using {pipe.describe(folder)}")
         pipe.set_progress_bar_config(disable=None)         # shown on a terminal only
         made = pipe(prompt, n, steps, guidance, sampler, seed)
-        save_pictures(made, Path(out), dict(prompt=prompt, checkpoint=str(folder)) | pipe.settings(steps, guidance, sampler))
+        used = dict(prompt=prompt, checkpoint=str(folder)) | pipe.settings(steps, guidance, sampler)
+        save_pictures(made, Path(out), used)

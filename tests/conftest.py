@@ -1,4 +1,5 @@
 """Shared fixtures: everything is seeded, small and offline."""
+
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,7 @@ def critters(tmp_path_factory) -> Path:
     folder = build_dataset("critters", tmp_path_factory.mktemp("critters") / "data", n=80, size=32)
     caption_dataset(folder)
     return folder
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-readme", action="store_true", help="write README.md from nbs/index.ipynb")

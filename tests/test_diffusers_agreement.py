@@ -1,4 +1,5 @@
 """Our samplers against diffusers' schedulers, on one fixed random network, in double precision."""
+
 import math
 
 import pytest
@@ -52,7 +53,9 @@ def denoiser(net, precondition):
 @pytest.mark.parametrize("kind,theirs", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
 def test_betas(kind, theirs):
     want = DDPMScheduler(num_train_timesteps=1000, beta_schedule=theirs).betas.double()
-    torch.testing.assert_close(make_betas(kind), want, atol=2e-6, rtol=2e-4)  # theirs are float32 (cosine: computed in Python)
+    torch.testing.assert_close(
+        make_betas(kind), want, atol=2e-6, rtol=2e-4
+    )  # theirs are float32 (cosine: computed in Python)
 
 
 def vp_loop(scheduler, net, x):
@@ -94,14 +97,15 @@ def test_ddim(net, start):
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_ddpm(net, start, kind, monkeypatch):
-    scheduler = exact_alphas(DDPMScheduler(clip_sample=False, timestep_spacing="trailing", variance_type="fixed_small"), kind)
+    scheduler = exact_alphas(
+        DDPMScheduler(clip_sample=False, timestep_spacing="trailing", variance_type="fixed_small"), kind
+    )
     scheduler.set_timesteps(STEPS)
     noises = torch.randn(STEPS, *start.shape, dtype=torch.float64)
     feed = iter(noises)
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: next(feed))
     want = vp_loop(scheduler, net, start)
     sigmas, feed2 = BetaSchedule(kind).sampling_sigmas(STEPS), iter(noises)
-    # in our coordinate x is divided by sqrt(alpha_bar), and so is fresh noise, which the formula of `sample_ddpm` accounts for
     count = CountCalls(denoiser(net, Preconditioner("eps")))
     got = sample_ddpm(count, ve_start(start, sigmas), sigmas, noise=lambda x: next(feed2))
     torch.testing.assert_close(got, want, atol=1e-8, rtol=1e-8)
@@ -131,7 +135,12 @@ def test_edm_levels():
     "scheduler,ours",
     [
         (EDMEulerScheduler(**EDM), sample_ddim),
-        (EDMDPMSolverMultistepScheduler(**EDM, solver_order=2, algorithm_type="dpmsolver++", final_sigmas_type="zero"), sample_dpmpp_2m),
+        (
+            EDMDPMSolverMultistepScheduler(
+                **EDM, solver_order=2, algorithm_type="dpmsolver++", final_sigmas_type="zero"
+            ),
+            sample_dpmpp_2m,
+        ),
     ],
     ids=["euler=ddim", "dpmpp_2m"],
 )
@@ -156,7 +165,7 @@ def test_heun(net, start):
     precondition = Preconditioner("eps")
     x = start * sigmas[0]
     want, calls = x.clone(), 0
-    for i, t in enumerate(scheduler.timesteps):
+    for t in scheduler.timesteps:
         sigma = scheduler.sigmas[scheduler.step_index if scheduler.step_index is not None else 0].double()
         raw = net(want / (1 + sigma**2).sqrt(), sigma.log() / 4)
         want = scheduler.step(raw, t, want).prev_sample
@@ -169,8 +178,14 @@ def test_heun(net, start):
 
 def test_dpmpp_2m_on_beta_levels(net, start):
     "The same solver on the classic table, against diffusers' multistep scheduler in its own coordinate."
-    scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", timestep_spacing="trailing", algorithm_type="dpmsolver++",
-                                            solver_order=2, final_sigmas_type="zero", lower_order_final=True)
+    scheduler = DPMSolverMultistepScheduler(
+        beta_schedule="linear",
+        timestep_spacing="trailing",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        final_sigmas_type="zero",
+        lower_order_final=True,
+    )
     scheduler.set_timesteps(STEPS)
     want = vp_loop(scheduler, net, start)
     sigmas = BetaSchedule("linear").sampling_sigmas(STEPS)

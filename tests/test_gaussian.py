@@ -1,4 +1,5 @@
 """Every sampler against the closed-form answer on Gaussian data, on both kinds of schedule."""
+
 import math
 
 import pytest
@@ -9,7 +10,9 @@ from pokemon_nb.ddpm import SAMPLERS, BetaSchedule, CountCalls, EDMSchedule, Gui
 C = 0.5
 
 
-@pytest.mark.parametrize("schedule", [EDMSchedule(), BetaSchedule("linear"), BetaSchedule("cosine")], ids=["edm", "linear", "cosine"])
+@pytest.mark.parametrize(
+    "schedule", [EDMSchedule(), BetaSchedule("linear"), BetaSchedule("cosine")], ids=["edm", "linear", "cosine"]
+)
 @pytest.mark.parametrize("name,nfe", [("ddim", 240), ("heun", 479), ("dpmpp_2m", 240)])
 def test_deterministic_samplers_follow_the_exact_path(schedule, name, nfe):
     sigmas = schedule.sampling_sigmas(240)

@@ -1,4 +1,5 @@
 """Guards for the training chapter: configuration, the papermill job, resume, checkpoints."""
+
 import json
 import os
 import random
@@ -14,9 +15,11 @@ import torch
 from pokemon_nb.ddpm import load_pipeline
 from pokemon_nb.train import differences, read_metrics, resolve_config, train
 
-TINY = ("model=tiny data.size=16 wandb=disabled training_params.val_every=10 training_params.val_levels=2 "
-        "training_params.grid_prompts=2 training_params.log_every=5 diffusion_steps.num_inference_steps=2 "
-        "training_params.batch_size=8 data.prompts=['a red creature','a blue fish']")
+TINY = (
+    "model=tiny data.size=16 wandb=disabled training_params.val_every=10 training_params.val_levels=2 "
+    "training_params.grid_prompts=2 training_params.log_every=5 diffusion_steps.num_inference_steps=2 "
+    "training_params.batch_size=8 data.prompts=['a red creature','a blue fish']"
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,10 @@ def small(tmp_path_factory):
 
     folder = build_dataset("critters", tmp_path_factory.mktemp("small") / "data", n=60, size=16)
     for split in ("train", "val", "test"):
-        rows = [r | {"text": f"a {r['colour']} creature", "captions": [f"a {r['colour']} creature"]} for r in read_metadata(folder, split)]
+        rows = [
+            r | {"text": f"a {r['colour']} creature", "captions": [f"a {r['colour']} creature"]}
+            for r in read_metadata(folder, split)
+        ]
         write_atomic(folder / split / "metadata.jsonl", "".join(json.dumps(r, sort_keys=True) + "\n" for r in rows))
     write_manifest(folder)
     return folder
@@ -60,13 +66,23 @@ def assert_same(a, b, path="state"):
 # configuration
 
 
-@pytest.mark.parametrize("overrides,says", [
-    ("training_params.stepz=3", "stepz"), ("optimiser=sgd", "optimiser"), ("model=huge", "huge"),
-    ("training_params.lr=-1", "training_params.lr must be positive"), ("data.size=33", "multiple of 4"),
-    ("training_params.caption_dropout=1.5", "[0,1]"), ("diffusion_steps.sampler=euler", "ddpm, ddim, heun, dpmpp_2m"),
-    ("seed=-1", "seed must be at least 0"), ("data.channels=5", "3 (RGB) or 4 (RGBA)"), ("wandb=maybe", "wandb must be"),
-    ("training_params.steps=many", "many"), ("=", "configuration"),
-])
+@pytest.mark.parametrize(
+    "overrides,says",
+    [
+        ("training_params.stepz=3", "stepz"),
+        ("optimiser=sgd", "optimiser"),
+        ("model=huge", "huge"),
+        ("training_params.lr=-1", "training_params.lr must be positive"),
+        ("data.size=33", "multiple of 4"),
+        ("training_params.caption_dropout=1.5", "[0,1]"),
+        ("diffusion_steps.sampler=euler", "ddpm, ddim, heun, dpmpp_2m"),
+        ("seed=-1", "seed must be at least 0"),
+        ("data.channels=5", "3 (RGB) or 4 (RGBA)"),
+        ("wandb=maybe", "wandb must be"),
+        ("training_params.steps=many", "many"),
+        ("=", "configuration"),
+    ],
+)
 def test_bad_overrides_are_refused_by_name(overrides, says):
     with pytest.raises(ValueError) as e:
         resolve_config(overrides=overrides)
@@ -109,19 +125,35 @@ def test_bad_folders(tmp_path, small, case):
 # a run
 
 
-@pytest.mark.parametrize("extra", ["", "diffusion=ddpm_cosine optimizer=sgd training_params.lr=0.01", "data.channels=3 diffusion.prediction=v"],
-                         ids=["edm", "classic+sgd", "rgb+v"])
+@pytest.mark.parametrize(
+    "extra",
+    ["", "diffusion=ddpm_cosine optimizer=sgd training_params.lr=0.01", "data.channels=3 diffusion.prediction=v"],
+    ids=["edm", "classic+sgd", "rgb+v"],
+)
 def test_a_run_leaves_a_complete_folder(tmp_path, small, extra):
     run = run_tiny(small, tmp_path / "run", extra=extra)
-    for name in ("config.yaml", "environment.json", "metrics.jsonl", "last.ckpt", "loss.png", "grid.png", "samples/step_000020.png",
-                 "checkpoint/model_index.json", "checkpoint/README.md", "checkpoint/metrics.json"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "last.ckpt",
+        "loss.png",
+        "grid.png",
+        "samples/step_000020.png",
+        "checkpoint/model_index.json",
+        "checkpoint/README.md",
+        "checkpoint/metrics.json",
+    ):
         assert (run / name).is_file(), name
     rows = read_metrics(run / "metrics.jsonl")
     assert [r["step"] for r in rows if "train_loss" in r] == [5, 10, 15, 20]
     assert [r["step"] for r in rows if "val_loss" in r] == [10, 20]
     env = json.loads((run / "environment.json").read_text())
     assert env["data_sha256"] and env["versions"]["torch"] and env["device"] == "cpu"
-    card, metrics = (run / "checkpoint/README.md").read_text(), json.loads((run / "checkpoint/metrics.json").read_text())
+    card, metrics = (
+        (run / "checkpoint/README.md").read_text(),
+        json.loads((run / "checkpoint/metrics.json").read_text()),
+    )
     assert f"{metrics['val_loss']:.4f}" in card and metrics["step"] == 20
     assert not list(run.rglob("*.part")) and not list(run.glob(".checkpoint*"))
     image = load_pipeline(run)("a red creature", seed=1).images[0]
@@ -151,6 +183,18 @@ def test_going_on_equals_never_stopping(tmp_path, small):
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
 
 
+def test_the_average_stays_outside_the_graph(tmp_path, small, monkeypatch):
+    "An update with gradients on would chain every step to the one before, and memory would grow."
+    from pokemon_nb import train as chapter
+
+    kept = []
+    monkeypatch.setattr(chapter, "finish", lambda *a: None)
+    fit = chapter.fit
+    monkeypatch.setattr(chapter, "fit", lambda cfg, run, module, *a: (kept.append(module), fit(cfg, run, module, *a)))
+    run_tiny(small, tmp_path / "run", steps=10)
+    assert all(p.is_leaf and not p.requires_grad for p in kept[0].ema.parameters())
+
+
 def test_differences():
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: None -> 4"]
 
@@ -165,8 +209,17 @@ def shell(*args, **kw):
 @pytest.fixture(scope="module")
 def by_cli(small, tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "run"
-    done = shell(Path(sys.executable).with_name("pokemon_train"), "--data", small, "--steps", 20, "--out", out, *TINY.split(" ", 9)[:9],
-                 "data.prompts=['a red creature','a blue fish']")
+    done = shell(
+        Path(sys.executable).with_name("pokemon_train"),
+        "--data",
+        small,
+        "--steps",
+        20,
+        "--out",
+        out,
+        *TINY.split(" ", 9)[:9],
+        "data.prompts=['a red creature','a blue fish']",
+    )
     assert done.returncode == 0, done.stderr
     assert "device cpu" in done.stdout and "data " in done.stdout
     return out
@@ -177,15 +230,37 @@ def test_papermill_parameters_change_the_run_and_equal_the_cli(root, small, by_c
     "Fails when the `parameters` tag is lost: papermill then only warns, and the notebook's defaults win."
     out, nb = tmp_path / "p", tmp_path / "p.ipynb"
     papermill = Path(sys.executable).with_name("papermill")
-    done = shell(papermill, root / "nbs/05_train.ipynb", nb, "-p", "out", out, "-p", "data", small, "-p", "steps", 20,
-                 "-p", "batch_size", 8, "-p", "overrides", TINY, "--no-progress-bar", cwd=tmp_path)
+    done = shell(
+        papermill,
+        root / "nbs/05_train.ipynb",
+        nb,
+        "-p",
+        "out",
+        out,
+        "-p",
+        "data",
+        small,
+        "-p",
+        "steps",
+        20,
+        "-p",
+        "batch_size",
+        8,
+        "-p",
+        "overrides",
+        TINY,
+        "--no-progress-bar",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (out / "metrics.jsonl").read_bytes() == (by_cli / "metrics.jsonl").read_bytes()
     assert nb.is_file()
 
     yaml = tmp_path / "params.yaml"
-    yaml.write_text(f"out: {tmp_path / 'f'}\ndata: {small}\nsteps: 10\nseed: 3\nbatch_size: 8\noverrides: \"{TINY}\"\n")
-    done = shell(papermill, root / "nbs/05_train.ipynb", tmp_path / "f.ipynb", "-f", yaml, "--no-progress-bar", cwd=tmp_path)
+    yaml.write_text(f'out: {tmp_path / "f"}\ndata: {small}\nsteps: 10\nseed: 3\nbatch_size: 8\noverrides: "{TINY}"\n')
+    done = shell(
+        papermill, root / "nbs/05_train.ipynb", tmp_path / "f.ipynb", "-f", yaml, "--no-progress-bar", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = read_metrics(tmp_path / "f/metrics.jsonl")
     assert rows[-1]["step"] == 10 and rows[0]["train_loss"] != read_metrics(out / "metrics.jsonl")[0]["train_loss"]
@@ -193,15 +268,31 @@ def test_papermill_parameters_change_the_run_and_equal_the_cli(root, small, by_c
 
 @pytest.mark.slow
 def test_unknown_papermill_parameter_is_refused_before_any_compute(root, tmp_path):
-    done = shell(Path(sys.executable).with_name("papermill"), root / "nbs/05_train.ipynb", tmp_path / "x.ipynb", "-p", "stepz", 5,
-                 "-p", "out", tmp_path / "run", "--no-progress-bar", cwd=tmp_path)
+    done = shell(
+        Path(sys.executable).with_name("papermill"),
+        root / "nbs/05_train.ipynb",
+        tmp_path / "x.ipynb",
+        "-p",
+        "stepz",
+        5,
+        "-p",
+        "out",
+        tmp_path / "run",
+        "--no-progress-bar",
+        cwd=tmp_path,
+    )
     assert done.returncode != 0 and "did you mean 'steps'" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_cli_refuses_in_one_line(tmp_path):
     done = shell(Path(sys.executable).with_name("pokemon_train"), "training_params.stepz=5", "--out", tmp_path / "run")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "stepz" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: ")
+        and "stepz" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -211,23 +302,33 @@ def test_kill_minus_nine_three_times_then_resume_bit_for_bit(tmp_path, small):
     steps, rng = 60, random.Random(1)
     whole = run_tiny(small, tmp_path / "whole", steps=steps)
     out = tmp_path / "killed"
-    code = ("import sys, time, lightning.pytorch as L\n"
-            "from pokemon_nb import train as T\n"
-            "step = T.LitDiffusion.training_step\n"
-            "def slow(self, *a):\n"
-            "    time.sleep(.1)\n"                      # so that a kill can fall between any two steps
-            "    return step(self, *a)\n"
-            "T.LitDiffusion.training_step = slow\n"
-            "T.train(T.resolve_config(sys.argv[1], steps=int(sys.argv[3]), out=sys.argv[2], overrides=sys.argv[4]))\n")
+    code = (
+        "import sys, time, lightning.pytorch as L\n"
+        "from pokemon_nb import train as T\n"
+        "step = T.LitDiffusion.training_step\n"
+        "def slow(self, *a):\n"
+        "    time.sleep(.1)\n"  # so that a kill can fall between any two steps
+        "    return step(self, *a)\n"
+        "T.LitDiffusion.training_step = slow\n"
+        "T.train(T.resolve_config(sys.argv[1], steps=int(sys.argv[3]), out=sys.argv[2], overrides=sys.argv[4]))\n"
+    )
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    for low in (4, 20, 40):                            # somewhere in the first, second and last third
+    for low in (4, 20, 40):  # somewhere in the first, second and last third
         target, log = low + rng.randrange(15), out / "metrics.jsonl"
-        process = subprocess.Popen([sys.executable, "-c", code, str(small), str(out), str(steps), TINY], env=env,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(small), str(out), str(steps), TINY],
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         limit = time.time() + 120
-        while time.time() < limit and process.poll() is None and not any(r["step"] >= target - 5 for r in read_metrics(log)):
-            time.sleep(.02)
-        time.sleep(rng.random() * .5)
+        while (
+            time.time() < limit
+            and process.poll() is None
+            and not any(r["step"] >= target - 5 for r in read_metrics(log))
+        ):
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.5)
         assert process.poll() is None, process.stderr.read().decode()[-2000:]
         process.send_signal(signal.SIGKILL)
         process.wait()
