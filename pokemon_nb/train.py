@@ -25,7 +25,8 @@ def refuse_unknown(
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{what} {name!r} is unknown{hint} allowed: {', '.join(sorted(known))}")
 
-# %% ../nbs/05_train.ipynb #ab660848
+# %% ../nbs/05_train.ipynb #6b934c34
+import dataclasses
 from dataclasses import asdict, dataclass, field
 
 
@@ -81,7 +82,10 @@ class DiffusionConfig:
     p_std:float = 1.4           # std of ln(sigma) in training
     timesteps:int = 1000        # timesteps of the "linear" and "cosine" schedules
 
-# %% ../nbs/05_train.ipynb #4f9657fc
+# %% ../nbs/05_train.ipynb #f8b9d549
+from .ddpm import SAMPLERS
+
+
 @dataclass(frozen=True)
 class SamplerConfig:
     "How the checkpoint draws unless asked otherwise."
@@ -170,12 +174,11 @@ class TrainConfig:
         modes = ("auto", "online", "offline", "disabled")
         require(self.wandb in modes, "wandb", f"be one of {', '.join(modes)}", self.wandb)
 
-# %% ../nbs/05_train.ipynb #6ac4abab
+# %% ../nbs/05_train.ipynb #ff215cf3
 import json, shlex
 from pathlib import Path
 
 from .data import open_dataset
-from .ddpm import SAMPLERS
 
 
 def data_overrides(
@@ -299,7 +302,7 @@ class LitDiffusion(L.LightningModule):
         eps = torch.randn(x0.shape, generator=gen, device=gen.device)
         return denoising_loss(self.denoise, x0, sigma, eps, text).mean()
 
-# %% ../nbs/05_train.ipynb #2275ee4f
+# %% ../nbs/05_train.ipynb #57ed9582
 from fastcore.basics import patch
 
 
@@ -311,7 +314,7 @@ def generator(self:LitDiffusion,
     "A generator that depends on (seed, what, step, rank) only."
     return torch.Generator(self.device).manual_seed(step_seed(self.cfg.seed, what, step, self.global_rank))
 
-
+# %% ../nbs/05_train.ipynb #a04ae255
 @patch
 def configure_optimizers(self:LitDiffusion)->dict:
     "The optimizer and its warm-up; the rate stays constant afterwards, the EMA does the settling."
@@ -739,9 +742,7 @@ def fit(
             trainer.validate(module, datamodule=data, verbose=False)
     for logger in trainer.loggers: logger.finalize("success")
 
-# %% ../nbs/05_train.ipynb #9a260b15
-import dataclasses
-
+# %% ../nbs/05_train.ipynb #806f7851
 from .ddpm import load_pipeline
 
 
