@@ -475,9 +475,11 @@ def check_call(
     if size < 1 or size > 512 or size % pipe.unet.min_side:
         raise ValueError(f"size must be a multiple of {pipe.unet.min_side} up to 512, got {size}")
 
-# %% ../nbs/04_ddpm.ipynb #ba4f75e4
+# %% ../nbs/04_ddpm.ipynb #8f89d34b
 import json
 from pathlib import Path
+
+from diffusers.utils import logging as diffusers_logging
 
 
 def is_checkpoint(
@@ -504,7 +506,7 @@ def find_checkpoint(
     raise ValueError(f"checkpoint: none found under {Path(runs).resolve()} and none is shipped; "
                      "train one: pokemon_train, or make train")
 
-# %% ../nbs/04_ddpm.ipynb #c0aa955b
+# %% ../nbs/04_ddpm.ipynb #cd6d5f99
 def load_pipeline(
     path:str|Path|None=None,   # as for `find_checkpoint`
     device:str="auto",         # "auto" = cuda, else mps, else cpu
@@ -516,10 +518,12 @@ def load_pipeline(
         raise ValueError(f"checkpoint: {folder}/model_index.json is damaged: {e}") from e
     if name != "PokemonPipeline":
         raise ValueError(f"checkpoint: {folder} holds a {name}, not a PokemonPipeline; load it with diffusers")
+    diffusers_logging.disable_progress_bar()           # two small files need no bar
     try: pipe = PokemonPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
     except Exception as e:           # whatever a damaged file makes the loaders raise, the folder is what is wrong
         raise ValueError(f"checkpoint: {folder} cannot be loaded: weights and configuration do not fit together, or a "
                          f"file is damaged: {type(e).__name__}: {str(e)[:300]}") from e
+    finally: diffusers_logging.enable_progress_bar()
     pipe.unet.eval().to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(pick_device(device))

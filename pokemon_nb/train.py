@@ -742,7 +742,7 @@ def fit(
             trainer.validate(module, datamodule=data, verbose=False)
     for logger in trainer.loggers: logger.finalize("success")
 
-# %% ../nbs/05_train.ipynb #806f7851
+# %% ../nbs/05_train.ipynb #daca7866
 from .ddpm import load_pipeline
 
 
@@ -754,8 +754,10 @@ def plot_metrics(
     fig = Figure(figsize=(8, 3), layout="constrained")
     left, right = fig.subplots(1, 2)
     x, y = zip(*[(r["images"], r["train_loss"]) for r in rows if "train_loss" in r] or [(0, 1)])
-    smooth, keep = [], .95
-    for v in y: smooth.append(v if not smooth else keep * smooth[-1] + (1 - keep) * v)
+    smooth, total, keep = [], 0., .95
+    for i, v in enumerate(y, 1):
+        total = keep * total + (1 - keep) * v
+        smooth.append(total / (1 - keep**i))        # as in Adam: early values are not pulled to zero
     left.plot(x, y, lw=.5, alpha=.35); left.plot(x, smooth, lw=1.5)
     left.set(title="training loss", xlabel="images seen", yscale="log")
     val = [r for r in rows if "val_loss" in r]

@@ -103,6 +103,7 @@ def test_stored_outputs_are_small_and_sound(path):
     for c in cells(path):
         for o in c.get("outputs", []):
             assert o["output_type"] != "error", f"a stored error in {path.name}"
+            assert o.get("name") != "stderr", f"a stored progress bar or warning in {path.name}; delete that output"
             for kind, data in o.get("data", {}).items():
                 assert not kind.startswith("image/") or len("".join(data)) < 270_000, (
                     f"a stored picture over 200 kB in {path.name}"
