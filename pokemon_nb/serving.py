@@ -139,7 +139,7 @@ def _add_health(app, painter):
         return dict(status="ok", checkpoint=str(painter.checkpoint), device=painter.device, model=painter.about,
                     busy=painter.lock.locked())
 
-# %% ../nbs/08_serving.ipynb #9f1119c4
+# %% ../nbs/08_serving.ipynb #3b46f661
 import html, json
 
 _DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -163,8 +163,8 @@ document.getElementById("go").onclick = async () => {{
   answer.textContent = "painting ...";
   const r = await fetch(base + "generate", {{method: "POST", body: document.getElementById("q").value,
     headers: {{"Content-Type": "application/json"}}}});
-  answer.textContent = "seed " + r.headers.get("X-Seed") + ", " + r.headers.get("Server-Timing").split("=")[1] + " ms";
   if (!r.ok) {{ answer.textContent = r.status + ": " + (await r.json()).detail; return; }}
+  answer.textContent = "seed " + r.headers.get("X-Seed") + ", " + r.headers.get("Server-Timing").split("=")[1] + " ms";
   const img = new Image(); img.src = URL.createObjectURL(await r.blob());
   answer.prepend(img, document.createElement("br"));
 }};</script></html>"""
