@@ -196,7 +196,7 @@ def data_overrides(
     network = [] if kind == "critters" else ["model=fast"]
     return [f"data={kind}", *network, "data.source=" + json.dumps(str(folder))]
 
-# %% ../nbs/05_train.ipynb #f9bc9ca5
+# %% ../nbs/05_train.ipynb #3c37754a
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -209,7 +209,7 @@ def resolve_config(
     batch_size:int|None=None,          # training_params.batch_size
     seed:int|None=None,                # seed
     out:str|None=None,                 # out
-    overrides:str|list[str]="",        # Hydra overrides, one string or a list; they win
+    overrides:str|list[str]|dict="",   # Hydra overrides: one string, a list, or keys with values; they win
 )->TrainConfig:                        # checked, complete
     "Compose groups, parameters and overrides; an unknown key or a bad value is refused by name with ValueError."
     own = data_overrides(data) if data else []
@@ -217,6 +217,7 @@ def resolve_config(
     own += [f"{k}={v}" for k, v in first.items() if v is not None] + ([f"out={json.dumps(str(out))}"] if out else [])
     try:
         with initialize_config_module("pokemon_nb.conf", version_base="1.3"):
+            if isinstance(overrides, dict): overrides = [f"{k}={v}" for k, v in overrides.items()]
             asked = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
             # `++` because the YAML groups hold differences only; which keys exist is the dataclasses' business
             force = lambda o: f"++{o}" if "." in o.split("=")[0] and o[0] not in "+~" else o
