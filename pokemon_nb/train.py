@@ -7,8 +7,8 @@ __all__ = ['RIGHTS', 'CARD', 'refuse_unknown', 'require', 'DataConfig', 'ModelCo
            'OptimizerConfig', 'TrainingParams', 'DeviceConfig', 'TrainConfig', 'data_overrides', 'resolve_config',
            'stratified', 'pick_phrasings', 'ema_decay', 'LitDiffusion', 'JSONLLogger', 'read_metrics', 'git_commit',
            'environment', 'best_precision', 'model_card', 'save_checkpoint', 'sample_grid', 'Snapshot', 'prepare',
-           'differences', 'start_run', 'make_trainer', 'make_loggers', 'train', 'fit', 'plot_metrics', 'finish',
-           'pokemon_train']
+           'differences', 'start_run', 'make_trainer', 'make_loggers', 'train', 'forget_run', 'fit', 'plot_metrics',
+           'finish', 'pokemon_train']
 
 # %% ../nbs/05_train.ipynb #2417678b
 import difflib
@@ -594,7 +594,7 @@ class Snapshot(L.Callback):
         return (f"step {step}/{t.steps} · val_loss {val_loss:.4f} · {done * t.batch_size / seconds:.1f} images/s "
                 f"with validation and samples · {left:.1f} min to go")
 
-# %% ../nbs/05_train.ipynb #de5fd0fb
+# %% ../nbs/05_train.ipynb #5e495bb1
 from .captioning import caption_dataset
 from .data import build_dataset
 
@@ -610,7 +610,7 @@ def prepare(
         root = run / "data"
         if not (root / "dataset.json").is_file():
             build_dataset(cfg.data.source, root, n=cfg.data.n, seed=cfg.seed, size=cfg.data.size)
-            caption_dataset(root)
+        caption_dataset(root)            # changes nothing if it was done: a kill may have come in between
     info = open_dataset(root)
     sizes = ", ".join(f"{n} {split}" for split, n in info.counts.items())
     print(f"data {cfg.data.source} -> {root}: {sizes} pictures, sha256 {info.hash[:12]}")
@@ -647,8 +647,8 @@ def start_run(
     except OSError as e: raise ValueError(f"out: cannot write to {run} ({e.strerror}); choose another folder") from e
     return run, state if state.is_file() else None
 
-# %% ../nbs/05_train.ipynb #0cbc72d0
-import logging, warnings
+# %% ../nbs/05_train.ipynb #5170b257
+import contextlib, logging, warnings
 from datetime import datetime
 
 from lightning.pytorch.callbacks import EarlyStopping
@@ -693,7 +693,7 @@ def make_loggers(
                                    config=asdict(cfg), settings={"console": "off"}))
     return loggers
 
-# %% ../nbs/05_train.ipynb #fd37aa9a
+# %% ../nbs/05_train.ipynb #61ada835
 def train(
     cfg:TrainConfig,     # a resolved configuration
 )->Path:                 # the run folder
@@ -702,7 +702,10 @@ def train(
     device = pick_device(cfg.device.accelerator)
     precision = best_precision(device, cfg.device.precision)
     run, state = start_run(cfg)
-    root, encoder = prepare(cfg, run), TextEncoder(cfg.model.text_encoder)
+    try: root, encoder = prepare(cfg, run), TextEncoder(cfg.model.text_encoder)
+    except Exception:
+        if not state: forget_run(run)
+        raise
     d, t = cfg.data, cfg.training_params
     data = PokemonData(root, d.size, d.channels, t.batch_size, cfg.seed, d.augment, d.num_workers)
     data.setup("fit")
@@ -720,8 +723,16 @@ def train(
     finish(cfg, run, prompts)
     return run
 
-# %% ../nbs/05_train.ipynb #827173d4
+# %% ../nbs/05_train.ipynb #8ab1be49
 def _with_out(cfg, out): return dataclasses.replace(cfg, out=str(out))
+
+
+def forget_run(
+    run:Path,     # a run folder in which nothing was trained yet
+):
+    "Take back what `start_run` wrote, after the data turned out to be unusable; other files stay."
+    (run / "config.yaml").unlink(missing_ok=True)
+    with contextlib.suppress(OSError): run.rmdir()         # only if nothing else is in it
 
 
 def fit(
