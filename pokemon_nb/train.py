@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RIGHTS', 'CARD', 'refuse_unknown', 'require', 'DataConfig', 'ModelConfig', 'DiffusionConfig', 'SamplerConfig',
-           'OptimizerConfig', 'TrainingParams', 'DeviceConfig', 'TrainConfig', 'data_overrides', 'resolve_config',
-           'stratified', 'pick_phrasings', 'ema_decay', 'LitDiffusion', 'JSONLLogger', 'read_metrics', 'git_commit',
-           'environment', 'best_precision', 'model_card', 'save_checkpoint', 'sample_grid', 'Snapshot', 'prepare',
-           'differences', 'start_run', 'make_trainer', 'make_loggers', 'train', 'forget_run', 'fit', 'plot_metrics',
-           'finish', 'pokemon_train']
+           'OptimizerConfig', 'TrainingParams', 'DeviceConfig', 'TrainConfig', 'data_overrides', 'typed_config',
+           'resolve_config', 'stratified', 'pick_phrasings', 'ema_decay', 'LitDiffusion', 'JSONLLogger', 'read_metrics',
+           'git_commit', 'environment', 'best_precision', 'model_card', 'save_checkpoint', 'sample_grid', 'Snapshot',
+           'prepare', 'differences', 'start_run', 'make_trainer', 'make_loggers', 'train', 'forget_run', 'fit',
+           'plot_metrics', 'finish', 'publish', 'pokemon_train']
 
 # %% ../nbs/05_train.ipynb #2417678b
 import difflib
@@ -196,11 +196,21 @@ def data_overrides(
     network = [] if kind == "critters" else ["model=fast"]
     return [f"data={kind}", *network, "data.source=" + json.dumps(str(folder))]
 
-# %% ../nbs/05_train.ipynb #3c37754a
+# %% ../nbs/05_train.ipynb #38a1c661
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+
+def typed_config(
+    plain,               # an OmegaConf configuration
+)->TrainConfig:          # checked
+    "Fit a plain configuration into the dataclasses; an unknown key or a wrong type is an OmegaConf error."
+    schema = OmegaConf.structured(TrainConfig)
+    groups = [schema[k] for k in schema if OmegaConf.is_config(schema[k])]
+    for node in (schema, *groups): OmegaConf.set_readonly(node, False)         # frozen dataclasses make read-only nodes
+    return OmegaConf.to_object(OmegaConf.merge(schema, plain))
 
 
 def resolve_config(
@@ -222,10 +232,7 @@ def resolve_config(
             # `++` because the YAML groups hold differences only; which keys exist is the dataclasses' business
             force = lambda o: f"++{o}" if "." in o.split("=")[0] and o[0] not in "+~" else o
             composed = compose("config", [force(o) for o in own + asked])
-        schema = OmegaConf.structured(TrainConfig)
-        groups = [schema[k] for k in schema if OmegaConf.is_config(schema[k])]
-        for node in (schema, *groups): OmegaConf.set_readonly(node, False)     # frozen dataclasses make read-only nodes
-        return OmegaConf.to_object(OmegaConf.merge(schema, composed))
+        return typed_config(composed)
     except (HydraException, OmegaConfBaseException) as e:
         raise ValueError(f"configuration: {' '.join(str(e).split())}") from e
 
@@ -791,6 +798,25 @@ def finish(
     pipe = load_pipeline(run / "checkpoint", cfg.device.accelerator)
     write_atomic(run / "grid.png", png_bytes(sample_grid(pipe, prompts, cols=6 if len(prompts) > 16 else 4)))
     print(f"checkpoint {run / 'checkpoint'} · grid {run / 'grid.png'} · curve {run / 'loss.png'}")
+
+# %% ../nbs/05_train.ipynb #22549b3c
+def publish(
+    run:str|Path,            # run folder
+    out:str|Path,            # checkpoint folder to write; replaced as a whole
+    sampler:str|None=None,   # default sampler; None = the run's own, as for the next two
+    steps:int|None=None,     # default number of sampler steps
+    guidance:float|None=None,# default guidance scale
+)->Path:                     # `out`
+    "Copy a run's checkpoint with float16 weights; its card and metrics stay those of the run."
+    pipe = load_pipeline(Path(run) / "checkpoint", "cpu")
+    use = pipe.settings(steps, guidance, sampler)
+    SamplerConfig(*use.values())                             # refuses what no sampler can do
+    pipe.unet.half()
+    pipe.register_to_config(sampler=use["sampler"], num_inference_steps=use["steps"], guidance_scale=use["guidance_scale"])
+    metrics = json.loads((Path(run) / "checkpoint/metrics.json").read_text())
+    cfg = typed_config(OmegaConf.load(Path(run) / "config.yaml"))
+    save_checkpoint(pipe, out, dataclasses.replace(cfg, out=str(out)), metrics)
+    return Path(out)
 
 # %% ../nbs/05_train.ipynb #b94fceaa
 from fastcore.script import Param, call_parse
