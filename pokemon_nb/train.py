@@ -799,7 +799,7 @@ def finish(
     write_atomic(run / "grid.png", png_bytes(sample_grid(pipe, prompts, cols=6 if len(prompts) > 16 else 4)))
     print(f"checkpoint {run / 'checkpoint'} · grid {run / 'grid.png'} · curve {run / 'loss.png'}")
 
-# %% ../nbs/05_train.ipynb #22549b3c
+# %% ../nbs/05_train.ipynb #563564c6
 def publish(
     run:str|Path,            # run folder
     out:str|Path,            # checkpoint folder to write; replaced as a whole
@@ -812,7 +812,8 @@ def publish(
     use = pipe.settings(steps, guidance, sampler)
     SamplerConfig(*use.values())                             # refuses what no sampler can do
     pipe.unet.half()
-    pipe.register_to_config(sampler=use["sampler"], num_inference_steps=use["steps"], guidance_scale=use["guidance_scale"])
+    pipe.register_to_config(sampler=use["sampler"], num_inference_steps=use["steps"],
+                            guidance_scale=use["guidance_scale"])
     metrics = json.loads((Path(run) / "checkpoint/metrics.json").read_text())
     cfg = typed_config(OmegaConf.load(Path(run) / "config.yaml"))
     save_checkpoint(pipe, out, dataclasses.replace(cfg, out=str(out)), metrics)
