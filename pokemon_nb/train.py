@@ -700,7 +700,7 @@ def make_loggers(
                                    config=asdict(cfg), settings={"console": "off"}))
     return loggers
 
-# %% ../nbs/05_train.ipynb #61ada835
+# %% ../nbs/05_train.ipynb #d76a5aa3
 def train(
     cfg:TrainConfig,     # a resolved configuration
 )->Path:                 # the run folder
@@ -726,7 +726,9 @@ def train(
     print(f"device {device}, {precision}, {env['threads']} threads · {n:.1f} M parameters · text {encoder.source} · "
           f"steps {start} -> {cfg.training_params.steps} of {cfg.training_params.batch_size} · run {run}", flush=True)
     if start < cfg.training_params.steps: fit(cfg, run, module, data, prompts, start, state, device, precision)
-    else: print("this run is complete; nothing to train")
+    else:
+        JSONLLogger(run / "metrics.jsonl", start)          # rows that a killed process wrote beyond its last saved state
+        print("this run is complete; nothing to train")
     finish(cfg, run, prompts)
     return run
 

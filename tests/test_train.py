@@ -183,6 +183,16 @@ def test_going_on_equals_never_stopping(tmp_path, small):
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
 
 
+def test_a_run_killed_after_its_last_needed_state_is_completed(tmp_path, small):
+    "Asked for no more steps than are saved, it drops the rows that lead further and finishes."
+    run = run_tiny(small, tmp_path / "run", steps=20)
+    with (run / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 25, "images": 200, "train_loss": 0.5}\n')
+    (run / "grid.png").unlink()
+    run_tiny(small, run, steps=20)
+    assert read_metrics(run / "metrics.jsonl")[-1]["step"] == 20 and (run / "grid.png").is_file()
+
+
 def test_the_average_stays_outside_the_graph(tmp_path, small, monkeypatch):
     "An update with gradients on would chain every step to the one before, and memory would grow."
     from pokemon_nb import train as chapter
