@@ -576,7 +576,7 @@ def slug(
     "A file name's worth of a prompt."
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:most].strip("-") or "anything"
 
-# %% ../nbs/04_ddpm.ipynb #72e2359f
+# %% ../nbs/04_ddpm.ipynb #65b6a8b7
 from fastcore.script import Param, call_parse
 from .data import cli_errors
 
@@ -621,5 +621,5 @@ def pokemon_generate(
         print(f"using {pipe.describe(folder)}")
         pipe.set_progress_bar_config(disable=None)         # shown on a terminal only
         made = pipe(prompt, n, steps, guidance, sampler, seed)
-        used = dict(prompt=prompt, checkpoint=str(folder)) | pipe.settings(steps, guidance, sampler)
+        used = dict(prompt=prompt, checkpoint="/".join(folder.parts[-2:])) | pipe.settings(steps, guidance, sampler)
         save_pictures(made, Path(out), used)

@@ -518,7 +518,7 @@ def model_card(
     return CARD.format(name=Path(cfg.out).name or "checkpoint", size=cfg.data.size, rows="\n".join(rows),
                        mode="RGBA" if cfg.data.channels == 4 else "RGB", rights=RIGHTS[metrics["data"]])
 
-# %% ../nbs/05_train.ipynb #1afbc816
+# %% ../nbs/05_train.ipynb #9a1da8e1
 @patch
 def pipeline(self:LitDiffusion)->PokemonPipeline:
     "The averaged weights as a pipeline, with this run's sampling defaults."
@@ -543,6 +543,9 @@ def save_checkpoint(
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(new, ignore_errors=True)
     pipe.save_pretrained(new, safe_serialization=True)
+    for file in (new / "model_index.json", new / "unet/config.json"):      # where it lay before is nobody's business
+        settings = json.loads(file.read_text())
+        file.write_text(json.dumps({k: v for k, v in settings.items() if k != "_name_or_path"}, indent=2) + "\n")
     (new / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     (new / "README.md").write_text(model_card(cfg, metrics), encoding="utf-8")
     shutil.rmtree(old, ignore_errors=True)
@@ -700,7 +703,7 @@ def make_loggers(
                                    config=asdict(cfg), settings={"console": "off"}))
     return loggers
 
-# %% ../nbs/05_train.ipynb #d76a5aa3
+# %% ../nbs/05_train.ipynb #97f941f3
 def train(
     cfg:TrainConfig,     # a resolved configuration
 )->Path:                 # the run folder
@@ -727,7 +730,7 @@ def train(
           f"steps {start} -> {cfg.training_params.steps} of {cfg.training_params.batch_size} · run {run}", flush=True)
     if start < cfg.training_params.steps: fit(cfg, run, module, data, prompts, start, state, device, precision)
     else:
-        JSONLLogger(run / "metrics.jsonl", start)          # rows that a killed process wrote beyond its last saved state
+        JSONLLogger(run / "metrics.jsonl", start)          # drops rows beyond the last saved state
         print("this run is complete; nothing to train")
     finish(cfg, run, prompts)
     return run
