@@ -891,7 +891,7 @@ def write_manifest(
     write_atomic(path, json.dumps(made, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     return made
 
-# %% ../nbs/01_data.ipynb #26ecbc96
+# %% ../nbs/01_data.ipynb #1a51e474
 def _source_items(source, n, seed, size):
     "Which source is it? Returns `(kind, items)` with items `(record, path or bytes, split)`, all checked."
     if str(source) == "critters":
@@ -900,7 +900,8 @@ def _source_items(source, n, seed, size):
         return "critters", [(r, b, split_of(r["family"])) for r, b in bar]
     source = Path(source)
     if not source.is_dir():
-        raise FileNotFoundError(f"build_dataset: source must be 'critters' or a folder, got {str(source)!r}")
+        raise FileNotFoundError(f"build_dataset: source must be 'critters' or a folder, got {str(source)!r}, "
+                                "which does not exist; name the folder that holds the pictures")
     if (source/"pokedex.csv").is_file() and (source/"images").is_dir():
         return "pokemon", [(r, p, split_of(r["family"])) for r, p in _pokemon_items(source)]
     items = _folder_items(source)

@@ -7,7 +7,7 @@ __all__ = ['PREDICTIONS', 'SAMPLERS', 'add_noise', 'check_steps', 'EDMSchedule',
            'Denoiser', 'denoising_loss', 'gaussian_denoiser', 'Guided', 'CountCalls', 'no_callback', 'sample_ddim',
            'sample_ddpm', 'sample_heun', 'sample_dpmpp_2m', 'NoiseProcess', 'PokemonOutput', 'PokemonPipeline',
            'picture_generators', 'clamped', 'check_call', 'is_checkpoint', 'find_checkpoint', 'load_pipeline',
-           'pick_device', 'png_bytes', 'slug', 'ShortParam', 'save_pictures', 'pokemon_generate']
+           'pick_device', 'png_bytes', 'slug', 'ShortParam', 'save_pictures', 'writable_folder', 'pokemon_generate']
 
 # %% ../nbs/04_ddpm.ipynb #dcf56189
 import math
@@ -552,8 +552,8 @@ def describe(self:PokemonPipeline,
             f"{self.unet.dtype} · {c.sample_size} px {kind} · {c.sampler}, {c.num_inference_steps} steps, "
             f"guidance {c.guidance_scale:g} · text {c.text_encoder_name} · {self.device}")
 
-# %% ../nbs/04_ddpm.ipynb #cdc8d453
-import io, re
+# %% ../nbs/04_ddpm.ipynb #ce025309
+import io, os, re
 from PIL.PngImagePlugin import PngInfo
 from .data import image_grid, write_atomic
 
@@ -576,7 +576,7 @@ def slug(
     "A file name's worth of a prompt."
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:most].strip("-") or "anything"
 
-# %% ../nbs/04_ddpm.ipynb #65b6a8b7
+# %% ../nbs/04_ddpm.ipynb #f1f9a111
 from fastcore.script import Param, call_parse
 from .data import cli_errors
 
@@ -601,6 +601,17 @@ def save_pictures(
         print(write_atomic(out / (name % f"{first}-sheet"), png_bytes(sheet, recipe | dict(seed=first))))
 
 
+def writable_folder(
+    out:str|Path,     # a folder, made when missing
+)->Path:              # the same
+    "Make sure that files can be written to `out`; raises ValueError."
+    try: Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"--out must be a folder that can be written, got {str(out)!r}: {e.strerror}") from e
+    if not os.access(out, os.W_OK): raise ValueError(f"--out must be a folder that can be written, got {str(out)!r}")
+    return Path(out)
+
+
 @call_parse
 def pokemon_generate(
     prompt:str,                                       # what to draw, e.g. "a blue water pokemon with wings"
@@ -616,7 +627,9 @@ def pokemon_generate(
     "Draw pictures from a prompt."
     with cli_errors():
         if not 1 <= n <= 256: raise ValueError(f"-n must be a whole number from 1 to 256, got {n}")
+        check_prompt(prompt)
         folder = find_checkpoint(checkpoint or None)
+        writable_folder(out)                               # before any compute, not after it
         pipe = load_pipeline(folder, device)
         print(f"using {pipe.describe(folder)}")
         pipe.set_progress_bar_config(disable=None)         # shown on a terminal only

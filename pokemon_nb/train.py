@@ -766,7 +766,7 @@ def fit(
             trainer.validate(module, datamodule=data, verbose=False)
     for logger in trainer.loggers: logger.finalize("success")
 
-# %% ../nbs/05_train.ipynb #daca7866
+# %% ../nbs/05_train.ipynb #b41049fa
 from .ddpm import load_pipeline
 
 
@@ -778,7 +778,7 @@ def plot_metrics(
     fig = Figure(figsize=(8, 3), layout="constrained")
     left, right = fig.subplots(1, 2)
     x, y = zip(*[(r["images"], r["train_loss"]) for r in rows if "train_loss" in r] or [(0, 1)])
-    smooth, total, keep = [], 0., .95
+    smooth, total, keep = [], 0., max(.5, 1 - 10 / len(y))          # over about a tenth of the curve
     for i, v in enumerate(y, 1):
         total = keep * total + (1 - keep) * v
         smooth.append(total / (1 - keep**i))        # as in Adam: early values are not pulled to zero
