@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RIGHTS', 'CARD', 'refuse_unknown', 'require', 'DataConfig', 'ModelConfig', 'DiffusionConfig', 'SamplerConfig',
            'OptimizerConfig', 'TrainingParams', 'DeviceConfig', 'TrainConfig', 'data_overrides', 'typed_config',
-           'resolve_config', 'stratified', 'pick_phrasings', 'ema_decay', 'LitDiffusion', 'JSONLLogger', 'read_metrics',
-           'git_commit', 'environment', 'best_precision', 'model_card', 'save_checkpoint', 'sample_grid', 'Snapshot',
-           'prepare', 'differences', 'start_run', 'make_trainer', 'make_loggers', 'train', 'forget_run', 'fit',
-           'plot_metrics', 'finish', 'publish', 'pokemon_train']
+           'resolve_config', 'stratified', 'pick_phrasings', 'coat_captions', 'embed_coats', 'ema_decay',
+           'LitDiffusion', 'JSONLLogger', 'read_metrics', 'git_commit', 'environment', 'best_precision', 'model_card',
+           'save_checkpoint', 'sample_grid', 'Snapshot', 'prepare', 'differences', 'start_run', 'make_trainer',
+           'make_loggers', 'train', 'forget_run', 'fit', 'plot_metrics', 'finish', 'publish', 'pokemon_train']
 
 # %% ../nbs/05_train.ipynb #2417678b
 import difflib
@@ -48,6 +48,7 @@ class DataConfig:
     size:int = 32               # side of the pictures in pixels
     channels:int = 4            # 4 = premultiplied RGBA, 3 = RGB on white
     augment:bool = True         # light flips, shifts, zooms and turns of training pictures
+    recolour:float = 0.0        # share of training pictures in another coat, with captions that say so, in [0,1]
     num_workers:int = 0         # loader processes; 0 is fastest for pictures that fit in memory
     prompts:list[str] = field(default_factory=list)   # drawn in the sample grids; empty = validation captions
 
@@ -55,6 +56,9 @@ class DataConfig:
         require(bool(self.source.strip()), "data.source", "name a source", self.source)
         require(self.size in range(8, 513, 4), "data.size", "be a multiple of 4 from 8 to 512 pixels", self.size)
         require(self.channels in (3, 4), "data.channels", "be 3 (RGB) or 4 (RGBA)", self.channels)
+        require(0 <= self.recolour <= 1, "data.recolour", "be a share in [0,1]", self.recolour)
+        require(not self.recolour or self.channels == 4, "data.recolour", "be 0 without alpha (data.channels=3)",
+                self.recolour)
         require(self.n >= 20, "data.n", "be at least 20, or splits stay empty", self.n)
 
 # %% ../nbs/05_train.ipynb #fb274615
@@ -258,6 +262,34 @@ def pick_phrasings(
     which = torch.randint(text.shape[1], index.shape, generator=generator, device=generator.device)
     return text[index.to(text.device), which.to(text.device)]
 
+# %% ../nbs/05_train.ipynb #11b74d32
+from collections.abc import Sequence
+
+from .captioning import TextEncoder, captions_from_facts, embed_captions
+from .data import COLOURS
+
+
+def coat_captions(
+    record:dict,         # facts of one picture
+)->list[list[str]]:      # for each of COLOURS, the captions of this creature in that colour; [""] if it has no colour
+    "What one would say of this picture if its colour were another one."
+    if record.get("colour") not in COLOURS: return [[""]] * len(COLOURS)
+    facts = {k: v for k, v in record.items() if k not in ("name", "genus", "text", "captions")}
+    return [captions_from_facts(facts | {"colour": c}) for c in COLOURS]
+
+
+def embed_coats(
+    records:Sequence[dict],    # N records
+    encoder:TextEncoder,       # what turns sentences into vectors
+    cache:str|Path|None=None,  # as for `embed_captions`
+)->torch.Tensor:               # (N,10,P,D) float32 on the CPU
+    "Vectors of `coat_captions` of all records; raises ValueError when no record has a colour to exchange."
+    if not any(r.get("colour") in COLOURS for r in records):
+        raise ValueError("data.recolour must be 0 for pictures without a colour in their metadata; "
+                         f"allowed colours: {', '.join(COLOURS)}")
+    rows = [{"captions": captions} for r in records for captions in coat_captions(r)]
+    return embed_captions(rows, encoder, cache).unflatten(0, (len(records), len(COLOURS)))
+
 # %% ../nbs/05_train.ipynb #bc0e6b50
 def ema_decay(
     images:int,       # images seen before this step
@@ -287,6 +319,7 @@ class LitDiffusion(L.LightningModule):
         train_text:torch.Tensor,            # (N,P,D) caption vectors of the training split
         val_text:torch.Tensor,              # (M,P,D) caption vectors of the validation split
         data_kind:str="folder",             # "critters", "pokemon" or "folder": what the card says about rights
+        coat_text:torch.Tensor|None=None,   # (N,10,P,D) caption vectors of each training picture in each coat
     ):
         super().__init__()
         self.cfg, self.data_kind, m = cfg, data_kind, cfg.model
@@ -299,19 +332,34 @@ class LitDiffusion(L.LightningModule):
         self.ema = Denoiser(copy.deepcopy(net), self.process.precondition).requires_grad_(False).eval()
         self.register_buffer("train_text", train_text, persistent=False)
         self.register_buffer("val_text", val_text, persistent=False)
+        self.register_buffer("coat_text", coat_text, persistent=False)
         if cfg.device.compile: self.denoise.net.compile()
 
     def training_step(self, batch:dict, batch_idx:int)->torch.Tensor:
-        "Denoising loss of one batch `{x0 (B,C,S,S), index (B,), step}`."
+        "Denoising loss of one batch `{x0 (B,C,S,S), index (B,), step}`, with `coat (B,)` if pictures were recoloured."
         x0, gen = batch["x0"], self.generator("noise", batch["step"])
         text = pick_phrasings(self.train_text, batch["index"], gen)
+        if "coat" in batch: text = self.name_coats(text, batch["index"], batch["coat"], gen)
         text = drop_captions(text, self.cfg.training_params.caption_dropout, gen)
         sigma = self.process.schedule.training_sigmas(stratified(len(x0), gen))
         eps = torch.randn(x0.shape, generator=gen, device=gen.device)
         return denoising_loss(self.denoise, x0, sigma, eps, text).mean()
 
-# %% ../nbs/05_train.ipynb #57ed9582
+# %% ../nbs/05_train.ipynb #6b8e8b99
 from fastcore.basics import patch
+
+
+@patch
+def name_coats(self:LitDiffusion,
+    text:torch.Tensor,           # (B,D) captions of the pictures as they are
+    index:torch.Tensor,          # (B,) which pictures
+    coat:torch.Tensor,           # (B,) index into COLOURS of the coat painted; -1 = their own
+    generator:torch.Generator,   # source of the choice of phrasing
+)->torch.Tensor:                 # (B,D) captions of what is seen
+    "Where a picture was recoloured, take a caption that says the new colour."
+    table = self.coat_text.flatten(0, 1)                                          # (N*10,P,D)
+    named = pick_phrasings(table, index * self.coat_text.shape[1] + coat.clamp_min(0), generator)
+    return torch.where((coat >= 0)[:, None].to(text.device), named, text)
 
 
 @patch
@@ -663,7 +711,6 @@ from datetime import datetime
 
 from lightning.pytorch.callbacks import EarlyStopping
 
-from .captioning import TextEncoder, embed_captions
 from .data import PokemonData
 from .ddpm import pick_device
 
@@ -717,10 +764,11 @@ def train(
         if not state: forget_run(run)
         raise
     d, t = cfg.data, cfg.training_params
-    data = PokemonData(root, d.size, d.channels, t.batch_size, cfg.seed, d.augment, d.num_workers)
+    data = PokemonData(root, d.size, d.channels, t.batch_size, cfg.seed, d.augment, d.num_workers, d.recolour)
     data.setup("fit")
     texts = [embed_captions(split.records, encoder, run / "cache") for split in (data.train_set, data.val_set)]
-    module = LitDiffusion(cfg, *texts, open_dataset(root).source)
+    coats = embed_coats(data.train_set.records, encoder, run / "cache") if d.recolour else None
+    module = LitDiffusion(cfg, *texts, open_dataset(root).source, coats)
     env = environment(cfg, open_dataset(root).hash, device, precision)
     write_atomic(run / "environment.json", json.dumps(env, indent=1) + "\n")
     prompts = list(cfg.data.prompts) or [r["text"] for r in data.val_set.records[:36]]
