@@ -1,11 +1,9 @@
 "The network source: real Git transfers over loopback, broken, killed and tampered with."
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlparse

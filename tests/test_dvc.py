@@ -1,0 +1,153 @@
+"data.dvc and its remotes: a round trip through a folder and through a Cloud Storage emulator, and the way out."
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("dvc")
+from local_repos import free_port  # noqa: E402
+
+from pokemon_nb.data import build_dataset, dataset_hash  # noqa: E402
+from pokemon_nb.sources import dvc, dvc_remotes, pull_data, run_git  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared/pokemon"
+BUCKET = "pokemon-nb-test"
+
+
+@pytest.fixture
+def repo(tmp_path, monkeypatch):
+    "A repository with a small build under DVC, with a cache and a configuration of its own."
+    for key in ("GLOBAL", "SYSTEM", "SITE_CACHE"): monkeypatch.setenv(f"DVC_{key}_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    folder = tmp_path / "repo"
+    build_dataset("critters", folder / "data", n=60, size=16)
+    run_git("init", "-q", folder=folder)
+    dvc("init", "-q", root=folder)
+    dvc("add", "-q", "data", root=folder)
+    return folder
+
+
+def lose(repo):
+    for folder in ("data", ".dvc/cache"): shutil.rmtree(repo / folder)
+
+
+@contextlib.contextmanager
+def cloud_storage(folder):
+    "The emulator of Google Cloud Storage, over HTTP on loopback; yields its URL."
+    port = free_port()
+    run = "from gcp_storage_emulator.__main__ import main; import sys; sys.exit(main(sys.argv[1:]))"
+    server = subprocess.Popen([sys.executable, "-c", run, f"--data-dir={folder}", "start", "--host=127.0.0.1",
+                               f"--port={port}", f"--default-bucket={BUCKET}"],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1): break
+            time.sleep(.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.slow
+def test_push_lose_pull_through_a_folder(repo, tmp_path):
+    built = dataset_hash(repo / "data")
+    (tmp_path / "store").mkdir()
+    dvc("remote", "add", "-d", "local", str(tmp_path / "store"), root=repo)
+    dvc("push", "-q", root=repo)
+    lose(repo)
+    assert "changed outs" in dvc("status", root=repo)
+    assert pull_data(repo) == "local"
+    assert "up to date" in dvc("status", root=repo) and dataset_hash(repo / "data") == built
+    next((repo / "data/train").glob("*.png")).write_bytes(b"another picture")
+    assert "modified" in dvc("status", root=repo)                        # the hash is a check that can fail
+
+
+@pytest.mark.slow
+def test_push_lose_pull_through_cloud_storage(repo, tmp_path, monkeypatch):
+    pytest.importorskip("dvc_gs")
+    pytest.importorskip("gcp_storage_emulator")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    built = dataset_hash(repo / "data")
+    with cloud_storage(tmp_path / "cloud") as url:
+        dvc("remote", "add", "-d", "gcs", f"gs://{BUCKET}/dvc", root=repo)
+        for key, value in (("endpointurl", url), ("allow_anonymous_login", "true")):
+            dvc("remote", "modify", "gcs", key, value, root=repo)
+        dvc("push", "-q", root=repo)
+        lose(repo)
+        assert pull_data(repo) == "gcs"
+        assert "up to date" in dvc("status", root=repo) and dataset_hash(repo / "data") == built
+        lose(repo)
+    with pytest.raises(OSError, match="127.0.0.1 does not answer"): pull_data(repo)          # the server is gone
+
+
+@pytest.mark.slow
+def test_the_next_remote_is_tried_aloud_and_the_way_out_is_named(repo, tmp_path, capsys):
+    store = tmp_path / "store"
+    dvc("remote", "add", "-d", "nas", str(tmp_path / "unplugged"), root=repo)
+    dvc("remote", "add", "local", str(store), root=repo)
+    assert list(dvc_remotes(repo)) == ["nas", "local"]
+    store.mkdir()
+    dvc("push", "-q", "-r", "local", root=repo)
+    lose(repo)
+    assert pull_data(repo) == "local"
+    assert f"remote nas ({tmp_path / 'unplugged'}): there is no folder" in capsys.readouterr().err
+    lose(repo)
+    shutil.rmtree(store)
+    with pytest.raises(OSError) as e: pull_data(repo)
+    for words in ("nas (", "local (", "pokemon_data --source pokemon", "--source FOLDER", "dvc status"):
+        assert words in str(e.value)
+    assert not (repo / "data").exists()
+
+
+@pytest.mark.slow
+def test_an_empty_remote_is_no_success(repo, tmp_path):
+    (tmp_path / "store").mkdir()
+    dvc("remote", "add", "-d", "local", str(tmp_path / "store"), root=repo)
+    lose(repo)
+    with pytest.raises(OSError, match="no remote has the data"): pull_data(repo)
+
+
+def test_the_projects_own_remotes():
+    remotes = dvc_remotes(ROOT)
+    assert list(remotes) == ["gcs", "local"] and remotes["gcs"]["url"].startswith("gs://")
+    committed = run_git("ls-files", ".dvc", "data.dvc", ".dvcignore", folder=ROOT).split()
+    assert sorted(committed) == [".dvc/.gitignore", ".dvc/config", ".dvcignore", "data.dvc"]
+    with pytest.raises(FileNotFoundError, match="data.dvc"): pull_data(ROOT / "tests")
+    with pytest.raises(ValueError, match="allowed: gcs, local"): pull_data(ROOT, "s3")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the artworks are not beside this checkout")
+def test_data_dvc_describes_the_artworks(repo):
+    shutil.rmtree(repo / "data")
+    build_dataset(SHARED, repo / "data")
+    dvc("add", "-q", "data", root=repo)
+    assert (repo / "data.dvc").read_text() == (ROOT / "data.dvc").read_text()
+    assert yaml.safe_load((ROOT / "data.dvc").read_text())["outs"][0]["nfiles"] == 813
+
+
+def test_without_the_extra(monkeypatch):
+    import importlib.util
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'pokemon_nb\[dvc\]'"): dvc("version")
+
+
+@pytest.mark.slow
+def test_the_command_line(repo, tmp_path):
+    if not (tool := shutil.which("pokemon_pull", path=Path(sys.executable).parent)): pytest.skip("not installed")
+    shutil.rmtree(repo / "data")
+    dvc("remote", "add", "-d", "gcs", "gs://x/dvc", root=repo)
+    dvc("remote", "modify", "gcs", "endpointurl", "http://127.0.0.1:9", root=repo)
+    done = subprocess.run([tool, "--root", str(repo), "--bucket", "ours"], capture_output=True, text=True,
+                          env=os.environ)
+    assert done.returncode == 2 and "gcs (gs://ours/dvc): 127.0.0.1 does not answer" in done.stderr
+    assert "pokemon_data --source" in done.stderr and "Traceback" not in done.stderr
