@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'SHAPES', 'TYPES', 'SPLITS', 'BODY_PLANS', 'TYPE_MARKS', '
            'cut_matte', 'load_rgba', 'to_tensor', 'from_tensor', 'to_float', 'over', 'image_grid', 'Pokedex',
            'split_of', 'critter_family', 'dataset_hash', 'read_metadata', 'write_manifest', 'build_dataset',
            'DatasetInfo', 'open_dataset', 'PokemonDataset', 'augment', 'to_oklab', 'from_oklab', 'recolour',
-           'draw_coats', 'StepSampler', 'PokemonData', 'pokemon_data']
+           'draw_coats', 'StepSampler', 'PokemonData']
 
 # %% ../nbs/01_data.ipynb #65cebf62
 import csv, hashlib, io, json, math, os, re, shutil, sys, time
@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from fastcore.script import call_parse, store_true
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
@@ -1276,21 +1275,3 @@ def val_dataloader(self:PokemonData)->DataLoader:
     "Validation batches in file order, without augmentation."
     self.setup("validate")
     return self._loader(_FixedBatches(self.val_set, self.batch_size))
-
-# %% ../nbs/01_data.ipynb #488fe6a6
-@call_parse
-def pokemon_data(
-    source:str="critters",  # "critters", a folder with pokedex.csv and images/, or any folder of pictures
-    out:str="data",         # dataset folder to make
-    n:int=1000,             # number of critters (ignored for folders)
-    seed:int=0,             # of the critters (ignored for folders)
-    size:int=64,            # side of painted critters in pixels (ignored for folders)
-    force:store_true=False, # replace an existing, different build
-):
-    "Build a dataset folder: {train,val,test}/*.png with a metadata.jsonl each, split by evolution family."
-    with cli_errors():
-        print(f"source: {source}" + (f" (n {n}, seed {seed}, {size} px)" if source == "critters" else ""))
-        info = open_dataset(build_dataset(source, out, n=n, seed=seed, size=size, force=force))
-        print(f"{'split':<7}{'images':>8}{'families':>10}")
-        for s in SPLITS: print(f"{s:<7}{info.counts[s]:>8}{info.families[s]:>10}")
-        print(f"{info.root} · {info.source} · {info.mattes} mattes · sha256 {info.hash[:12]}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pokemon_nb import data
+from pokemon_nb import checks, data
 from pokemon_nb.data import (
     COLOURS, PAINT_RGB, SHAPES, SPLITS, TYPES, Critter, PokemonData, PokemonDataset, StepSampler, augment,
     build_dataset, critter_family, cut_matte, dataset_hash, from_tensor, image_grid, load_rgba, needs_matte,
@@ -340,18 +340,18 @@ def test_reader_names_the_row(root, tmp_path):
 
 # --- the command line -----------------------------------------------------------------------------------------------
 def script(*args, cwd):
-    (cwd/"cli.py").write_text("from pokemon_nb.data import pokemon_data\npokemon_data()\n")
+    (cwd/"cli.py").write_text("from pokemon_nb.checks import pokemon_data\npokemon_data()\n")
     env = os.environ | {"PYTHONPATH": str(Path(data.__file__).parents[1])}
     return subprocess.run([sys.executable, "cli.py", *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def test_command_line(tmp_path, capsys):
-    data.pokemon_data("critters", str(tmp_path/"d"), n=80, size=16)
+    checks.pokemon_data("critters", str(tmp_path/"d"), n=80, size=16)
     said = capsys.readouterr().out
     assert said.startswith("source: critters (n 80") and "train" in said and "sha256" in said
     wrong = script("--source", "nowhere", "--out", "e", cwd=tmp_path)
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: build_dataset: source must be 'critters' or a folder, got 'nowhere'")
+    assert wrong.stderr.startswith("error: source must be 'critters' (painted here)")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cli.py", "d"]
 
 

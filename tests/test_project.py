@@ -166,3 +166,12 @@ def test_readme_is_the_front_notebook(request):
     assert (ROOT / "README.md").read_text(encoding="utf-8") == readme_from_index(), (
         "README.md is stale; mend it: make readme"
     )
+
+
+def test_workflows_are_valid(root):
+    "Every workflow fits GitHub's own schema."
+    tool = shutil.which("check-jsonschema", path=Path(sys.executable).parent)
+    files = sorted((root / ".github/workflows").glob("*.yml"))
+    assert files
+    done = subprocess.run([tool, "--builtin-schema", "vendor.github-workflows", *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
