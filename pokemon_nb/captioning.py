@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPE_WORDS', 'ENCODERS', 'CAPTIONERS', 'check_prompt', 'size_word', 'captions_from_facts', 'TextEncoder',
            'tiny_clip', 'drop_captions', 'Captioner', 'FactsCaptioner', 'FileCaptioner', 'Blip2Captioner', 'tiny_blip2',
-           'caption_dataset', 'caption_quality', 'quality_table', 'embed_captions', 'pokemon_caption']
+           'caption_record', 'caption_dataset', 'caption_quality', 'quality_table', 'embed_captions', 'pokemon_caption']
 
 # %% ../nbs/02_captioning.ipynb #183edb96
 import unicodedata
@@ -497,8 +497,11 @@ def _with_captions(record, captions, captioner, mix=False):
     return record | dict(text=captions[0], captions=captions, captioner=captioner.name,
                          captioner_revision=captioner.revision, caption_prompt=captioner.prompt)
 
-def _caption_record(record, captioner=FactsCaptioner()):  # noqa: B008 - it has no state
-    "The record with `text` and `captions`; a person's own words are kept."
+def caption_record(
+    record:dict,                             # facts, with or without words
+    captioner:Captioner=FactsCaptioner(),    # noqa: B008 - it has no state
+)->dict:                                     # the record with `text` and `captions`
+    "Give one record its captions; a person's own words are kept."
     if not _has_own_words(record): return _with_captions(record, captioner.caption([record], [None])[0], captioner)
     if record["text"] in (record.get("captions") or ()): return record
     return {k: v for k, v in record.items() if k not in _ORIGIN} | {"captions": [record["text"]]}
@@ -577,7 +580,7 @@ def caption_dataset(
 
 def _decide(record, split, root, captioner, seen, mix, overwrite):
     "What becomes of one row."
-    if _has_own_words(record) and not overwrite: return _caption_record(record)
+    if _has_own_words(record) and not overwrite: return caption_record(record)
     origin = [getattr(captioner, a) for a in ("name", "revision", "prompt")]
     if [record.get(k) for k in _ORIGIN] == origin and (captioner.looks or mix): return record     # said already
     said = seen[root/split/record["file_name"]] if captioner.looks else \

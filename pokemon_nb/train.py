@@ -7,7 +7,7 @@ __all__ = ['RIGHTS', 'CARD', 'refuse_unknown', 'require', 'DataConfig', 'ModelCo
            'OptimizerConfig', 'TrainingParams', 'DeviceConfig', 'TrainConfig', 'data_overrides', 'typed_config',
            'resolve_config', 'stratified', 'pick_phrasings', 'coat_captions', 'embed_coats', 'ema_decay',
            'LitDiffusion', 'JSONLLogger', 'read_metrics', 'git_commit', 'environment', 'best_precision', 'model_card',
-           'save_checkpoint', 'sample_grid', 'Snapshot', 'prepare', 'differences', 'start_run', 'make_trainer',
+           'save_checkpoint', 'sample_grid', 'Snapshot', 'speak', 'prepare', 'differences', 'start_run', 'make_trainer',
            'make_loggers', 'train', 'forget_run', 'fit', 'plot_metrics', 'finish', 'publish', 'pokemon_train']
 
 # %% ../nbs/05_train.ipynb #2417678b
@@ -43,7 +43,7 @@ def require(
 @dataclass(frozen=True)
 class DataConfig:
     "What is learned from."
-    source:str = "critters"     # "critters", a built dataset folder, or a folder that can be built
+    source:str = "critters"     # "critters", "pokemon" (fetched), a built dataset folder, a folder or archive to build
     n:int = 1200                # critters painted; ignored for folders
     size:int = 32               # side of the pictures in pixels
     channels:int = 4            # 4 = premultiplied RGBA, 3 = RGB on white
@@ -190,10 +190,12 @@ def data_overrides(
 )->list[str]:          # Hydra overrides
     "Which data group fits a source; raises ValueError when the folder is missing or empty."
     if data == "critters": return ["data=critters"]
+    if data == "pokemon": return ["data=pokemon", "model=fast", "data.source=pokemon"]          # fetched
     folder = Path(data)
+    if folder.is_file(): return ["data=folder", "model=fast", "data.source=" + json.dumps(str(folder))]     # an archive
     if not folder.is_dir():
-        raise ValueError(f"data must be 'critters' or a folder, got {data!r}, which does not exist; "
-                         "build one: pokemon_data --source critters --out data")
+        raise ValueError(f"data must be 'critters', 'pokemon' (fetched), a folder or an archive, got {data!r}, which "
+                         "does not exist; build one: pokemon_data --source critters --out data")
     if not any(folder.iterdir()): raise ValueError(f"data must hold pictures, got the empty folder {data!r}")
     kind = open_dataset(folder).source if (folder / "dataset.json").is_file() else \
         "pokemon" if (folder / "pokedex.csv").is_file() else "folder"
@@ -653,8 +655,19 @@ class Snapshot(L.Callback):
                 f"with validation and samples · {left:.1f} min to go")
 
 # %% ../nbs/05_train.ipynb #5e495bb1
-from .captioning import caption_dataset
-from .data import build_dataset
+from .captioning import caption_dataset, caption_record
+from .data import PokemonDataset, build_dataset
+from .sources import open_source
+
+
+def speak(
+    split:PokemonDataset,    # pictures, with captions or with facts to make some of
+)->list[dict]:               # their records, all with captions; nothing is written
+    "A build without captions, such as `dvc pull` brings it, is described from its facts; that is said."
+    if all(r.get("captions") or r.get("text") for r in split.records): return split.records
+    print(f"{split.split}: no captions in {split.root}; described from the facts (pokemon_caption would write them)")
+    try: return [caption_record(r) for r in split.records]
+    except ValueError as e: raise ValueError(f"{e}; run: pokemon_caption {split.root}") from e
 
 
 def prepare(
@@ -667,7 +680,7 @@ def prepare(
     else:
         root = run / "data"
         if not (root / "dataset.json").is_file():
-            build_dataset(cfg.data.source, root, n=cfg.data.n, seed=cfg.seed, size=cfg.data.size)
+            build_dataset(open_source(cfg.data.source), root, n=cfg.data.n, seed=cfg.seed, size=cfg.data.size)
         caption_dataset(root)            # changes nothing if it was done: a kill may have come in between
     info = open_dataset(root)
     sizes = ", ".join(f"{n} {split}" for split, n in info.counts.items())
@@ -766,12 +779,12 @@ def train(
     d, t = cfg.data, cfg.training_params
     data = PokemonData(root, d.size, d.channels, t.batch_size, cfg.seed, d.augment, d.num_workers, d.recolour)
     data.setup("fit")
-    texts = [embed_captions(split.records, encoder, run / "cache") for split in (data.train_set, data.val_set)]
+    texts = [embed_captions(speak(split), encoder, run / "cache") for split in (data.train_set, data.val_set)]
     coats = embed_coats(data.train_set.records, encoder, run / "cache") if d.recolour else None
     module = LitDiffusion(cfg, *texts, open_dataset(root).source, coats)
     env = environment(cfg, open_dataset(root).hash, device, precision)
     write_atomic(run / "environment.json", json.dumps(env, indent=1) + "\n")
-    prompts = list(cfg.data.prompts) or [r["text"] for r in data.val_set.records[:36]]
+    prompts = list(cfg.data.prompts) or [r["text"] for r in speak(data.val_set)[:36]]
     start = torch.load(state, map_location="cpu", weights_only=True)["global_step"] if state else 0
     n = sum(p.numel() for p in module.denoise.parameters()) / 1e6
     print(f"device {device}, {precision}, {env['threads']} threads · {n:.1f} M parameters · text {encoder.source} · "
@@ -881,7 +894,7 @@ from .data import cli_errors
 @call_parse
 def pokemon_train(
     overrides:Param("Hydra overrides, e.g. data=pokemon optimizer=sgd", str, opt=False, nargs="*")="",  # noqa: F722
-    data:str="",              # "critters", a built folder, or a folder to build from; empty = as the overrides say
+    data:str="",              # "critters", "pokemon" (fetched), a folder or an archive; empty = as the overrides say
     steps:int=None,           # optimizer steps
     batch_size:int=None,      # pictures per step and device
     seed:int=None,            # same seed, same run

@@ -90,7 +90,7 @@ def test_bidirectional_overrides_are_refused(control):
 
 def test_any_script_is_drawn(encoder):
     """Emoji, other scripts and right-to-left text are prompts like others: kept, encoded, and of finite length."""
-    prompts = ["🔥🐉", "青いカエル", "تنين أحمر", "דרקון אדום", "дракон", "zero\u200bwidth", "👩\u200d🚀", "ﷺ", "a\u0301"]
+    prompts = ["🔥🐉", "青いカエル", "تنين أحمر", "דרקון אדום", "дракон", "zero\u200bwidth", "👩\u200d🚀", "a\u0301"]
     kept = [check_prompt(p) for p in prompts]
     assert kept[:-1] == prompts[:-1] and kept[-1] == "á"              # NFC: equal to the eye, equal to the model
     vectors = encoder(kept)
