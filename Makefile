@@ -18,7 +18,7 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help setup train generate serve test test-all lint prepare readme train-smoke bench clean
+.PHONY: help setup train generate serve test test-all lint prepare readme train-smoke pull bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -70,6 +70,9 @@ readme: setup ## Write README.md from nbs/index.ipynb
 train-smoke: setup ## The training notebook by papermill with its own small defaults
 	mkdir -p runs/smoke
 	$(BIN)/papermill nbs/05_train.ipynb runs/smoke/05_train.ipynb --no-progress-bar
+
+pull: setup ## Get the data that data.dvc describes from the team's store (needs the extra dvc)
+	$(BIN)/pokemon_pull
 
 bench: setup ## Training throughput beside two peers (installs them)
 	$(BIN)/python -m pip install --quiet -c constraints.txt einops accelerate
