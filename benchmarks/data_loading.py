@@ -1,115 +1,155 @@
-"""Does data loading starve training? Loaders against training in one process; a million pictures in constant memory.
+"""Does data loading starve training, and does a million pictures fit through a small memory?
 
-    python benchmarks/data_loading.py                       # critters; --data FOLDER for a dataset of your own
-    python benchmarks/data_loading.py --million             # adds the stream of 1,000,000 pictures (minutes)
+    python benchmarks/data_loading.py                      # both parts
+    python benchmarks/data_loading.py --part ratio         # loader images/s over training images/s
+    python benchmarks/data_loading.py --part million       # 1,000,000 pictures streamed, memory printed on the way
 
-A loader's figure is the median rate of batches of 16 at 64 px, augmented; training is the step of the default network
-for folders (`model=fast`) and of the benchmark's (`model=base`), in bf16 where the CPU has it.
-Rounds of all contestants alternate. The ratio is loader / training images per second of the same run.
+Ratio: one training step is forward, backward and an AdamW update of the `model=base` network in bf16, as in
+train_throughput.py. Training steps and loader windows alternate, so that a busy moment of the machine hits everybody;
+figures are medians of `rounds` windows. A window of a loader with workers is measured after its queue has been emptied,
+so what was made while nobody asked does not count. Loaders make what training eats: float tensors (B,4,64,64) in
+[-1,1], augmented. `memory` is PokemonData, what training uses by default; the others stream parquet shards.
+
+Million: 1,000 shard files of 1,000 pictures (hard links to four different files, so the disk holds four), every picture
+decoded to a tensor and batched. Exit code 1 when the ratio of `memory` is below 10, a picture is missed, or the memory
+grows by more than the bound after the first tenth.
 """
 
-import itertools
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from fastcore.script import call_parse, store_true
+from fastcore.script import Param, call_parse
+from torch.utils.data import DataLoader
 from train_throughput import Runner, call_ours
 
-from pokemon_nb.captioning import caption_dataset
-from pokemon_nb.data import PokemonData, build_dataset, paint_critter, random_critter
+from pokemon_nb.data import PokemonData, build_dataset
 from pokemon_nb.shards import ShardData, StreamedDataset, write_shards
 from pokemon_nb.unet import UNet
 
-BATCH = 16
+DEMANDED = 10  # loader images/s over training images/s, for what training uses by default
+BOUND_MIB = 32  # allowed growth of the resident memory after the first tenth
 
 
-def rate(batches, n: int) -> float:
-    "Images per second over `n` batches."
+def resident_mib() -> float:
+    "Resident memory of this process (Linux)."
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("no VmRSS in /proc/self/status; this part needs Linux")
+
+
+class Loader:
+    "An endless loader; `window(n)` draws n batches and returns images per second."
+
+    def __init__(self, name: str, data, batch: int):
+        self.name, self.batch, self.workers, self.it = name, batch, data.num_workers, iter(data.train_dataloader())
+        for _ in range(3):  # the first batches pay for decoding a split, opening shards and starting workers
+            next(self.it)
+
+    def window(self, n: int) -> float:
+        "Images per second of n batches, after whatever lay ready has been drawn."
+        for _ in range(2 * self.workers):  # DataLoader keeps two batches per worker ready
+            next(self.it)
+        start = time.perf_counter()
+        for _ in range(n):
+            next(self.it)
+        return n * self.batch / (time.perf_counter() - start)
+
+
+def ratio(folder: Path, batches, rounds: int, window: int) -> bool:
+    "Print the table of one batch size after the other; True when what training uses by default is fast enough."
+    root = build_dataset("critters", folder / "data", n=2500, size=64)
+    shards = write_shards(root, folder / "shards", per_shard=200)
+    enough = True
+    for b in batches:
+        train = Runner("pokemon_nb bf16 (default)", UNet(), call_ours, bf16=True)
+        loaders = [Loader("memory, 0 workers (default)", PokemonData(root, batch_size=b), b)]
+        loaders += [
+            Loader(f"shards, {w} worker{'s' * (w != 1)}, {t} thread{'s' * (t != 1)}", data, b)
+            for w, t in ((0, 1), (0, 2), (1, 1), (2, 1))
+            for data in [ShardData(shards, batch_size=b, num_workers=w, threads=t)]
+        ]
+        speed, steps = {x.name: [] for x in loaders}, []
+        for _ in range(2):
+            train.step(b)
+        for _ in range(rounds):
+            time.sleep(0.5)  # workers fill their queues and rest
+            steps.append(train.step(b))
+            for x in loaders:
+                speed[x.name].append(x.window(window))
+        base = b / statistics.median(steps)
+        print(f"\nbatch {b}: training {base:.1f} img/s ({b / max(steps):.1f}-{b / min(steps):.1f})")
+        print(f"{'loader':<34}{'img/s':>9}{'min-max':>16}{'/ training':>12}")
+        for x in loaders:
+            v = speed[x.name]
+            mid = statistics.median(v)
+            print(f"{x.name:<34}{mid:9.0f}{min(v):9.0f}-{max(v):<6.0f}{mid / base:12.1f}")
+        enough &= statistics.median(speed[loaders[0].name]) / base >= DEMANDED
+    return enough
+
+
+def million(folder: Path, images: int, size: int, workers: int) -> bool:
+    "Stream `images` pictures once; True when all came and the memory stayed."
+    import pyarrow.parquet as pq
+
+    root = build_dataset("critters", folder / "small", n=1200, size=size)
+    table = pq.read_table(write_shards(root, folder / "one", per_shard=10**6) / "train-00000-of-00001.parquet")
+    links = folder / "million"
+    links.mkdir()
+    shards = -(-images // 1000)
+    for k in range(shards):
+        f = links / f"train-{k:05}-of-{shards:05}.parquet"
+        if k < 4:  # a thousand of the painted pictures, drawn anew
+            rows = torch.randint(len(table), (1000,), generator=torch.Generator().manual_seed(k)).numpy()
+            pq.write_table(table.take(rows), f, row_group_size=256, compression="zstd")
+        else:
+            os.link(links / f"train-{k % 4:05}-of-{shards:05}.parquet", f)
+    expected, disk = 1000 * shards, sum(f.stat().st_size for f in sorted(links.iterdir())[:4]) / 2**20
+    print(f"\n{expected:,} pictures of {size} px in {shards:,} shard files, hard links to four of {disk:.1f} MiB")
     start = time.perf_counter()
-    seen = sum(len(b["x0"]) for b in itertools.islice(batches, n))
-    return seen / (time.perf_counter() - start)
-
-
-def rss() -> float:
-    "Resident memory of this process in MiB."
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def ratios(root: Path, shards: dict[str, Path], rounds: int):
-    "Alternate loaders and training steps; print medians and ratios."
-    from pokemon_nb.train import best_precision
-
-    bf16 = best_precision("cpu") == "bf16-mixed"
-    nets = {"training model=fast": UNet(patch_size=4, widths=(128, 192), depths=(1, 2)), "training model=base": UNet()}
-    runners = {k: Runner(k, net, call_ours, bf16) for k, net in nets.items()}
-    memory = lambda **k: iter(PokemonData(root, size=64, batch_size=BATCH, **k).train_dataloader())
-    stream = lambda at, w: iter(ShardData(at, size=64, batch_size=BATCH, num_workers=w).train_dataloader())
-    loaders = {"memory (default)": memory(), "memory, half recoloured": memory(recoloured=.5)}
-    loaders |= {f"stream, {k}, {w} workers": stream(at, w) for k, at in shards.items() for w in (0, 1, 2)}
-    seen = {k: [] for k in [*loaders, *runners]}
-    for r in runners.values(): r.step(BATCH)                                          # warm up
-    for it in loaders.values(): rate(it, 20)
-    for _ in range(rounds):
-        for k, it in loaders.items(): seen[k].append(rate(it, 20))
-        for k, r in runners.items(): seen[k].append(BATCH / r.step(BATCH))
-    median = {k: statistics.median(v) for k, v in seen.items()}
-    train = {k: median[k] for k in runners}
-    print(f"\n{torch.get_num_threads()} threads, {'bf16' if bf16 else 'fp32'}, {rounds} rounds, batch {BATCH}, 64 px")
-    print("| | images/s | " + " | ".join(f"/ {k}" for k in train) + " |\n| --- | --- |" + " --- |" * len(train))
-    for k, v in median.items():
-        print(f"| {k} | {v:,.0f} | " + " | ".join(f"{v / t:.1f}" for t in train.values()) + " |")
-
-
-def stream_million(folder: Path, total: int = 1_000_000, per_file: int = 1000):
-    "Stream `total` pictures, each decoded to a tensor; the list names one small file over and over by hard links."
-    import io
-
-    import datasets
-
-    rows = []
-    for k in range(per_file):
-        out = io.BytesIO()
-        paint_critter(random_critter(k % 200), 16).save(out, "PNG")
-        rows.append({"file_name": f"{k:05}.png", "text": "a critter", "image": {"bytes": out.getvalue(), "path": None}})
-    first = folder / "train-00000.parquet"
-    datasets.disable_progress_bars()
-    datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(first)
-    files = [first]
-    for k in range(1, total // per_file):
-        files.append(folder / f"train-{k:05}.parquet")
-        os.link(first, files[-1])
-    stream = iter(StreamedDataset(files, size=16, batch_size=250, augment=False))
-    print(f"\n{total:,} pictures of 16 px in {len(files)} files, every one decoded:")
-    start, memory = time.perf_counter(), []
-    for k, _ in enumerate(itertools.islice(stream, total // 250), 1):
-        if k * 250 % (total // 10) == 0 or k == 40:
-            memory.append(rss())
-            speed = k * 250 / (time.perf_counter() - start)
-            print(f"{k * 250:>9,} pictures  {memory[-1]:7.1f} MiB  {speed:,.0f} images/s", flush=True)
-    grown = memory[-1] - memory[1]
-    print(f"growth from {total // 10:,} to {total:,} pictures: {grown:.1f} MiB")
-    if grown > 64: raise SystemExit("memory is not constant: more than 64 MiB of growth")
+    ds = StreamedDataset(links, size=size, batch_size=64, buffer=1000, epochs=1)
+    seen, mark, warm, peak = 0, images // 20, None, 0.0
+    for batch in DataLoader(ds, batch_size=None, num_workers=workers):
+        assert batch["x0"].shape[1:] == (4, size, size) and batch["x0"].dtype == torch.float32
+        seen += len(batch["x0"])
+        if seen >= mark:
+            now = resident_mib()
+            warm = now if warm is None and seen >= images // 10 else warm
+            peak = max(peak, now) if warm else 0.0
+            passed = time.perf_counter() - start
+            speed = seen / passed
+            print(f"{seen:>10,} pictures {passed:6.0f} s {speed:7.0f} img/s   resident {now:6.0f} MiB", flush=True)
+            mark += images // 20
+    growth = peak - warm
+    print(f"seen {seen:,} of {expected:,}; growth after the first tenth {growth:.1f} MiB (allowed: {BOUND_MIB})")
+    return seen == expected and growth <= BOUND_MIB
 
 
 @call_parse
 def main(
-    data: str = "",                # dataset folder; empty = 600 critters of 128 px
-    rounds: int = 15,              # rounds of alternation
-    million: store_true = False,   # stream 1,000,000 pictures as well
+    part: Param("what to measure", str, choices=["all", "ratio", "million"]) = "all",  # noqa: F821
+    batch: Param("batch sizes of the ratio", int, nargs="*") = (8, 16),  # noqa: F821
+    rounds: int = 9,  # windows per loader; the median counts
+    window: int = 40,  # batches per window
+    images: int = 1_000_000,  # of the second part
+    size: int = 32,  # side of the pictures of the second part, pixels
+    workers: int = 0,  # loader processes of the second part; the memory printed is that of the main process
+    threads: int = 0,  # CPU threads; 0 = torch's own choice
 ):
-    "Measure loading against training."
-    with tempfile.TemporaryDirectory() as d:
-        root = Path(data) if data else build_dataset("critters", Path(d) / "data", n=600, size=128)
-        if not data: caption_dataset(root)
-        shards = {"as they are": Path(d) / "full", "packed at 64 px": Path(d) / "small"}
-        write_shards(root, shards["as they are"], per_shard=50)
-        write_shards(root, shards["packed at 64 px"], per_shard=50, size=64)
-        ratios(root, shards, rounds)
-        if million:
-            (Path(d) / "million").mkdir()
-            stream_million(Path(d) / "million")
+    "Print loader and training throughput, and the memory of a long stream."
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
+    good = True
+    with tempfile.TemporaryDirectory() as folder:
+        if part in ("all", "ratio"):
+            good &= ratio(Path(folder), batch, rounds, window)
+        if part in ("all", "million"):
+            good &= million(Path(folder), images, size, workers)
+    sys.exit(0 if good else 1)

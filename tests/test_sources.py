@@ -94,7 +94,7 @@ def test_truncated_png_is_named_and_nothing_stays(zoo, tmp_path):
 
 
 def test_missing_and_empty_sources(tmp_path):
-    with pytest.raises(FileNotFoundError, match="'critters', a folder or an archive, got"):
+    with pytest.raises(FileNotFoundError, match="'critters' or a folder, got"):
         build_dataset(tmp_path/"no", tmp_path/"data")
     (tmp_path/"empty").mkdir()
     with pytest.raises(ValueError, match="source must hold pictures, got none"):
