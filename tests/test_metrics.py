@@ -17,6 +17,14 @@ SHARED = Path(__file__).parents[2] / "shared/pokemon"
 needs_real = pytest.mark.skipif(not SHARED.is_dir(), reason="the artworks are not beside this checkout")
 
 
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    "Enough critters that each split can be measured."
+    root = build_dataset("critters", tmp_path_factory.mktemp("zoo") / "data", n=320, size=16)
+    caption_dataset(root)
+    return root
+
+
 def normal(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -158,9 +166,9 @@ def test_unseen_prompts_are_unseen_and_say_what_they_want(critters):
     assert unseen_prompts(records, 50, seed=1) != asked == unseen_prompts(records, 50)
 
 
-def test_the_judge_knows_perfection_and_memory(critters):
+def test_the_judge_knows_perfection_and_memory(zoo):
     torch.manual_seed(0)
-    judge = Judge(critters, AttributeNet(widths=(16, 32), size=16).eval(), 16, rounds=20)
+    judge = Judge(zoo, AttributeNet(widths=(16, 32), size=16).eval(), 16, rounds=20)
     same = judge.faithfulness(judge.pictures["test"], attributes(judge.records["test"]))
     assert all(f.value in (0., 1.) for f in same.values())                            # relative to itself
     rows = judge.references(40)
@@ -177,20 +185,19 @@ def test_without_torch_fidelity(critters):
 
 
 @pytest.mark.slow
-def test_the_command_line_judges_a_checkpoint(critters, tmp_path, capsys):
+def test_the_command_line_judges_a_checkpoint(zoo, tmp_path, capsys):
     from pokemon_nb.ddpm import NoiseProcess, PokemonPipeline
     from pokemon_nb.unet import UNet
-    caption_dataset(critters)
-    save_reader(make_reader(critters, 4, 8, 16, (16, 32), progress=False), tmp_path / "reader")
+    save_reader(make_reader(zoo, 4, 8, 16, (16, 32), progress=False), tmp_path / "reader")
     net = UNet(widths=(64,), depths=(1,), emb_dim=64)
     PokemonPipeline(net, NoiseProcess(), "minilm", 16, "dpmpp_2m", 2, 1.).save_pretrained(tmp_path / "checkpoint")
-    pokemon_metrics(str(critters), str(tmp_path / "checkpoint"), reader=str(tmp_path / "reader"), n=24, unseen=16,
+    pokemon_metrics(str(zoo), str(tmp_path / "checkpoint"), reader=str(tmp_path / "reader"), n=24, unseen=16,
                     out=str(tmp_path / "metrics.json"))
     said = capsys.readouterr().out
     assert "| checkpoint |" in said and "| shuffled prompts |" in said and "copies of train" in said
     judged = json.loads((tmp_path / "metrics.json").read_text())
     assert judged["settings"]["steps"] == 2 and len(judged["likeness"]["kid"]) == 3
-    with pytest.raises(SystemExit) as e: pokemon_metrics(str(critters), str(tmp_path / "none"))
+    with pytest.raises(SystemExit) as e: pokemon_metrics(str(zoo), str(tmp_path / "none"))
     assert e.value.code == 2 and "does not exist" in capsys.readouterr().err
 
 
