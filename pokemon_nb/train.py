@@ -6,9 +6,10 @@
 __all__ = ['RIGHTS', 'CARD', 'refuse_unknown', 'require', 'DataConfig', 'ModelConfig', 'DiffusionConfig', 'SamplerConfig',
            'OptimizerConfig', 'TrainingParams', 'DeviceConfig', 'TrainConfig', 'data_overrides', 'typed_config',
            'resolve_config', 'stratified', 'pick_phrasings', 'coat_captions', 'embed_coats', 'ema_decay',
-           'LitDiffusion', 'JSONLLogger', 'read_metrics', 'git_commit', 'environment', 'best_precision', 'model_card',
-           'save_checkpoint', 'sample_grid', 'Snapshot', 'speak', 'prepare', 'differences', 'start_run', 'make_trainer',
-           'make_loggers', 'train', 'forget_run', 'fit', 'plot_metrics', 'finish', 'publish', 'pokemon_train']
+           'LitDiffusion', 'differences', 'start_from', 'JSONLLogger', 'read_metrics', 'git_commit', 'environment',
+           'best_precision', 'model_card', 'save_checkpoint', 'sample_grid', 'Snapshot', 'speak', 'prepare',
+           'start_run', 'make_trainer', 'make_loggers', 'train', 'forget_run', 'fit', 'plot_metrics', 'finish',
+           'publish', 'pokemon_train']
 
 # %% ../nbs/05_train.ipynb #2417678b
 import difflib
@@ -71,6 +72,7 @@ class ModelConfig:
     emb_dim:int = 256                          # width of the embedding of noise level and text
     text_tokens:int = 4                        # text tokens seen by attention
     text_encoder:str = "minilm"                # which `TextEncoder`
+    init:str = ""                              # checkpoint or run folder whose weights to start from; "" = random ones
 
 
 @dataclass(frozen=True)
@@ -330,6 +332,7 @@ class LitDiffusion(L.LightningModule):
         # by keyword: diffusers forgets positional arguments when it rebuilds a model from its config
         net = UNet(in_channels=cfg.data.channels, patch_size=m.patch_size, widths=m.widths, depths=m.depths,
                    text_dim=train_text.shape[-1], emb_dim=m.emb_dim, text_tokens=m.text_tokens)
+        if m.init: start_from(net, m.init)
         self.denoise = Denoiser(net, self.process.precondition)
         self.ema = Denoiser(copy.deepcopy(net), self.process.precondition).requires_grad_(False).eval()
         self.register_buffer("train_text", train_text, persistent=False)
@@ -346,6 +349,35 @@ class LitDiffusion(L.LightningModule):
         sigma = self.process.schedule.training_sigmas(stratified(len(x0), gen))
         eps = torch.randn(x0.shape, generator=gen, device=gen.device)
         return denoising_loss(self.denoise, x0, sigma, eps, text).mean()
+
+# %% ../nbs/05_train.ipynb #5f1007e7
+def differences(
+    a:dict, b:dict,       # two nested configurations
+    prefix:str="",        # of the keys
+)->list[str]:             # "key: a -> b", one for each difference
+    "Name the settings in which two configurations differ."
+    out = []
+    for k in sorted(set(a) | set(b)):
+        x, y = a.get(k), b.get(k)
+        if isinstance(x, dict) and isinstance(y, dict): out += differences(x, y, f"{prefix}{k}.")
+        elif x != y: out.append(f"{prefix}{k}: {x} -> {y}")
+    return out
+
+# %% ../nbs/05_train.ipynb #8f156317
+from .ddpm import load_pipeline
+
+
+def start_from(
+    net:UNet,            # fresh network; its weights are replaced
+    folder:str|Path,     # checkpoint or run folder with a network of the same architecture
+):
+    "Take over the weights of a checkpoint; raises ValueError naming the settings in which the two networks differ."
+    old = load_pipeline(folder, "cpu").unet
+    fits = lambda c: {k: v for k, v in c.items() if not k.startswith("_")}
+    if changed := differences(fits(dict(old.config)), fits(dict(net.config))):
+        raise ValueError(f"model.init: {folder} holds another network ({'; '.join(changed)}); choose the same model")
+    net.load_state_dict(old.float().state_dict())
+    print(f"weights start from {folder}")
 
 # %% ../nbs/05_train.ipynb #6b8e8b99
 from fastcore.basics import patch
@@ -688,19 +720,6 @@ def prepare(
     return root
 
 # %% ../nbs/05_train.ipynb #bb2d580d
-def differences(
-    a:dict, b:dict,       # two nested configurations
-    prefix:str="",        # of the keys
-)->list[str]:             # "key: a -> b", one for each difference
-    "Name the settings in which two configurations differ."
-    out = []
-    for k in sorted(set(a) | set(b)):
-        x, y = a.get(k), b.get(k)
-        if isinstance(x, dict) and isinstance(y, dict): out += differences(x, y, f"{prefix}{k}.")
-        elif x != y: out.append(f"{prefix}{k}: {x} -> {y}")
-    return out
-
-
 def start_run(
     cfg:TrainConfig,      # the run; `out` is set
 )->tuple[Path, Path|None]:# run folder, and the state to resume from (None = from the start)
@@ -828,9 +847,6 @@ def fit(
     for logger in trainer.loggers: logger.finalize("success")
 
 # %% ../nbs/05_train.ipynb #b41049fa
-from .ddpm import load_pipeline
-
-
 def plot_metrics(
     rows:list[dict],    # from `read_metrics`
 ):                      # a matplotlib figure

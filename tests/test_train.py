@@ -349,3 +349,36 @@ def test_kill_minus_nine_three_times_then_resume_bit_for_bit(tmp_path, small):
     assert (whole / "metrics.jsonl").read_bytes() == (killed / "metrics.jsonl").read_bytes()
     for name in ("unet/diffusion_pytorch_model.safetensors", "metrics.json"):
         assert (whole / "checkpoint" / name).read_bytes() == (killed / "checkpoint" / name).read_bytes()
+
+
+def test_a_run_starts_from_another_ones_weights(small, tmp_path):
+    "And its configuration says so; another architecture is refused before anything is trained."
+    first = run_tiny(small, tmp_path / "a")
+    warm, cold = (run_tiny(small, tmp_path / n, 1, f"seed=5 {e}") for n, e in (("b", f"model.init={first}"), ("c", "")))
+    assert f"init: {first}" in (warm / "config.yaml").read_text()
+    a, b, c = (load_pipeline(p).unet.state_dict() for p in (first, warm, cold))
+    distance = lambda x, y: sum((x[k] - y[k]).square().sum() for k in x)
+    assert distance(a, b) < 0.2 * distance(a, c)
+    with pytest.raises(ValueError, match="holds another network"):
+        run_tiny(small, tmp_path / "d", 1, f"model.init={first} model.emb_dim=128")
+
+
+def test_recoloured_pictures_train_under_their_new_names(small, tmp_path):
+    "The coats change what is learned; a dataset without colours refuses them."
+    plain, coats = (run_tiny(small, tmp_path / n, 5, e) for n, e in (("a", ""), ("b", "data.recolour=0.9")))
+    a, b = (load_pipeline(p).unet.state_dict() for p in (plain, coats))
+    assert any(not torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(ValueError, match="data.recolour must be a share"):
+        resolve_config(str(small), overrides="data.recolour=2")
+    with pytest.raises(ValueError, match="be 0 without alpha"):
+        resolve_config(str(small), overrides="data.recolour=0.5 data.channels=3")
+
+
+def test_a_build_without_captions_is_described_from_its_facts(tmp_path, capsys):
+    "What `dvc pull` brings is trained on as it is; nothing is written into it."
+    from pokemon_nb.data import build_dataset, dataset_hash
+
+    root = build_dataset("critters", tmp_path / "data", n=60, size=16)
+    before = dataset_hash(root)
+    run_tiny(root, tmp_path / "run", 2)
+    assert "described from the facts" in capsys.readouterr().out and dataset_hash(root) == before
