@@ -1142,6 +1142,7 @@ def _tar_members(meter:_Meter):
                 if not (m.isdir() or m.isreg()) or m.issparse():
                     raise meter.fail(f"{m.name!r} is a device, pipe or sparse file; remove it from the archive")
                 yield m.name + "/"*m.isdir(), None if m.isdir() else tar.extractfile(m)
+        while meter.read(2**20): pass                     # to the very end: only there gzip checks what it has given
 
 # %% ../nbs/01_data.ipynb #c746993d
 def _unpack(archive:Path, to:Path)->Path:
