@@ -1,5 +1,6 @@
 "data.dvc and its remotes: a round trip through a folder and through a Cloud Storage emulator, and the way out."
 import contextlib
+import csv
 import os
 import shutil
 import socket
@@ -12,10 +13,12 @@ import pytest
 import yaml
 
 pytest.importorskip("dvc")
-from local_repos import free_port  # noqa: E402
+from local_repos import free_port, make_repository, sources, split_facts  # noqa: E402
 
-from pokemon_nb.data import build_dataset, dataset_hash  # noqa: E402
-from pokemon_nb.sources import dvc, dvc_remotes, pull_data, run_git  # noqa: E402
+from pokemon_nb.data import build_dataset, dataset_hash, write_atomic  # noqa: E402
+from pokemon_nb.sources import (  # noqa: E402
+    dvc, dvc_remotes, fetch_pokemon, folder_md5, pull_data, run_git, unreachable, verify_data,
+)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared/pokemon"
@@ -151,3 +154,113 @@ def test_the_command_line(repo, tmp_path):
                           env=os.environ)
     assert done.returncode == 2 and "gcs (gs://ours/dvc): 127.0.0.1 does not answer" in done.stderr
     assert "pokemon_data --source" in done.stderr and "Traceback" not in done.stderr
+
+
+# --- where it hurts ----------------------------------------------------------------------
+@pytest.fixture
+def stored(repo, tmp_path):
+    "`repo`, pushed to a folder."
+    (tmp_path / "store").mkdir()
+    dvc("remote", "add", "-d", "local", str(tmp_path / "store"), root=repo)
+    dvc("push", "-q", root=repo)
+    return repo
+
+
+def damage(tmp_path):
+    victim = max((p for p in (tmp_path / "store").rglob("*") if p.is_file() and p.suffix != ".dir"),
+                 key=lambda p: p.stat().st_size)
+    victim.chmod(0o644)
+    victim.write_bytes(b"evil")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verify", ["true", "false"])
+def test_a_damaged_remote_is_no_source(stored, tmp_path, verify):
+    "Without `verify`, DVC itself calls such a pull a success, and the copy clean."
+    dvc("remote", "modify", "local", "verify", verify, root=stored)
+    damage(tmp_path)
+    lose(stored)
+    with pytest.raises(OSError, match="no remote has the data: local "): pull_data(stored)
+    assert verify_data(stored)
+    if verify == "false": assert "up to date" in dvc("status", root=stored)
+
+
+@pytest.mark.slow
+def test_the_projects_settings_verify(repo, tmp_path):
+    "The committed configuration, with only the folder of the remote replaced."
+    shutil.copyfile(ROOT / ".dvc/config", repo / ".dvc/config")
+    (tmp_path / "store").mkdir()
+    dvc("remote", "modify", "--local", "local", "url", str(tmp_path / "store"), root=repo)
+    dvc("push", "-q", "-r", "local", root=repo)
+    damage(tmp_path)
+    lose(repo)
+    with pytest.raises(OSError): pull_data(repo, "local")
+    assert not (repo / "data").exists()                                   # nothing wrong was checked out
+
+
+@pytest.mark.slow
+def test_changes_of_ones_own_survive(stored):
+    mine = next((stored / "data/train").glob("*.png"))
+    mine.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="move the folder away"): pull_data(stored)
+    assert mine.read_bytes() == b"mine"
+
+
+@pytest.mark.slow
+def test_a_build_from_elsewhere_needs_no_remote(stored, tmp_path, capsys):
+    "The way out that the error names: build, then ask."
+    shutil.rmtree(stored / ".dvc/cache")
+    shutil.rmtree(tmp_path / "store")
+    assert pull_data(stored) is None and "already holds" in capsys.readouterr().out
+    right = dvc("status", root=stored)
+    next((stored / "data/train").glob("*.png")).unlink()
+    assert "not in cache" in right and dvc("status", root=stored) == right      # right or wrong: why we look ourselves
+    assert "has the hash" in verify_data(stored)
+
+
+@pytest.mark.slow
+def test_a_pull_that_was_interrupted_goes_on(stored):
+    shutil.rmtree(stored / "data/train")
+    shutil.rmtree(stored / ".dvc/cache/files/md5" / next((stored / ".dvc/cache/files/md5").iterdir()).name)
+    assert pull_data(stored) == "local" and not verify_data(stored)
+
+
+@pytest.mark.slow
+def test_not_a_dvc_repository(tmp_path):
+    write_atomic(tmp_path / "data.dvc", "outs:\n- {md5: 0.dir, nfiles: 1, path: data}\n")
+    run_git("init", "-q", folder=tmp_path)
+    with pytest.raises(ValueError, match="must be a DVC repository"): pull_data(tmp_path)
+
+
+@pytest.mark.slow
+def test_no_remote_at_all(repo):
+    shutil.rmtree(repo / "data")
+    with pytest.raises(OSError, match="none is configured.*--source pokemon"): pull_data(repo)
+
+
+def test_a_folders_hash_is_dvcs(repo):
+    write_atomic(repo / "data/train/ü/ß b.png", b"x")                     # names beyond ASCII sort and quote alike
+    dvc("add", "-q", "data", root=repo)
+    assert folder_md5(repo / "data") in (repo / "data.dvc").read_text() and verify_data(repo) == ""
+    (repo / "data/train/ü/ß b.png").rename(repo / "data/train/c.png")
+    assert folder_md5(repo / "data") in verify_data(repo)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the artworks are not beside this checkout")
+def test_git_and_folder_give_the_hash_of_data_dvc(tmp_path):
+    rows = list(csv.DictReader((SHARED / "pokedex.csv").open(encoding="utf-8", newline="")))
+    commits = (make_repository(tmp_path / "art", {f"images/{p.name}": p for p in (SHARED / "images").iterdir()}),
+               make_repository(tmp_path / "facts", split_facts(rows)))
+    shutil.copyfile(ROOT / "data.dvc", tmp_path / "data.dvc")
+    build_dataset(fetch_pokemon(tmp_path / "got", *sources(tmp_path.as_uri(), *commits)), tmp_path / "data")
+    assert verify_data(tmp_path) == ""
+
+
+def test_a_proxy_knows_the_way(monkeypatch):
+    for key in ("HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy"): monkeypatch.delenv(key, raising=False)
+    where = ("gs://x/dvc", "https://127.0.0.1:9")
+    assert "does not answer" in unreachable(*where)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:8")
+    assert unreachable(*where) == ""
+    assert unreachable("s3://x") == "" and "no folder" in unreachable(str(Path("/no/such")))
