@@ -351,7 +351,7 @@ def test_command_line(tmp_path, capsys):
     assert said.startswith("source: critters (n 80") and "train" in said and "sha256" in said
     wrong = script("--source", "nowhere", "--out", "e", cwd=tmp_path)
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: source must be 'critters' (painted here)")
+    assert wrong.stderr.startswith("error: open_source: source must be 'critters' (painted here)")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cli.py", "d"]
 
 
