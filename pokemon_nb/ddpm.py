@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PREDICTIONS', 'SAMPLERS', 'add_noise', 'check_steps', 'EDMSchedule', 'make_betas', 'BetaSchedule', 'Preconditioner',
-           'Denoiser', 'denoising_loss', 'gaussian_denoiser', 'Guided', 'CountCalls', 'no_callback', 'sample_ddim',
-           'sample_ddpm', 'sample_heun', 'sample_dpmpp_2m', 'NoiseProcess', 'PokemonOutput', 'PokemonPipeline',
-           'picture_generators', 'clamped', 'check_call', 'is_checkpoint', 'find_checkpoint', 'load_pipeline',
-           'pick_device', 'png_bytes', 'slug', 'ShortParam', 'save_pictures', 'writable_folder', 'pokemon_generate']
+           'Denoiser', 'denoising_loss', 'gaussian_denoiser', 'Guided', 'CountCalls', 'make_hint', 'shrink', 'Enlarge',
+           'no_callback', 'sample_ddim', 'sample_ddpm', 'sample_heun', 'sample_dpmpp_2m', 'NoiseProcess',
+           'PokemonOutput', 'PokemonPipeline', 'picture_generators', 'clamped', 'check_call', 'is_checkpoint',
+           'find_checkpoint', 'load_pipeline', 'pick_device', 'png_bytes', 'slug', 'ShortParam', 'save_pictures',
+           'writable_folder', 'pokemon_generate']
 
 # %% ../nbs/04_ddpm.ipynb #dcf56189
 import math
@@ -143,11 +144,12 @@ class Denoiser(nn.Module):
         x:torch.Tensor,                 # (B,C,H,W) noisy pictures
         sigma:torch.Tensor|float,       # (B,) noise levels, or one for all
         text:torch.Tensor,              # (B,D) sentence vectors; zeros = null caption
+        hint:torch.Tensor|None=None,    # (B,C+1,h,w) small picture from `make_hint`, for a network that enlarges
     )->torch.Tensor:                    # (B,C,H,W) float32 estimate of the clean pictures
         "Estimate `x0`; the network may run in any precision, the formula runs in float32."
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
         c_skip, c_out, c_in, c_noise = (c[:, None, None, None] for c in self.precondition(sigma))
-        raw = self.net(c_in * x, c_noise.flatten(), text)
+        raw = self.net(c_in * x, c_noise.flatten(), text, *([] if hint is None else [hint]))
         return c_skip * x + c_out * raw.float()
 
 # %% ../nbs/04_ddpm.ipynb #4ce23847
@@ -157,9 +159,10 @@ def denoising_loss(
     sigma:torch.Tensor,  # (B,) noise levels
     eps:torch.Tensor,    # (B,C,H,W) unit Gaussian noise
     text:torch.Tensor,   # (B,D) sentence vectors
+    hint:torch.Tensor|None=None,   # (B,C+1,h,w) small pictures, for a network that enlarges
 )->torch.Tensor:         # (B,) loss of each picture
     "Squared error of the estimate over `c_out²`: the raw output's error (arXiv:2206.00364, eq. 8)."
-    error = denoise(add_noise(x0, sigma, eps), sigma, text) - x0
+    error = denoise(add_noise(x0, sigma, eps), sigma, text, hint) - x0
     c_out = denoise.precondition(sigma)[1]
     return error.square().mean((1, 2, 3)) / c_out.square()
 
@@ -216,6 +219,35 @@ class CountCalls:
     )->float:                # network calls per picture
         "Network calls per picture so far."
         return self.pictures / n
+
+# %% ../nbs/04_ddpm.ipynb #801ec418
+def make_hint(
+    low:torch.Tensor,          # (B,C,h,w) small pictures in [-1,1]
+    sigma:torch.Tensor,        # (B,) noise to be added to them, pixel-std units, > 0
+    eps:torch.Tensor,          # (B,C,h,w) unit Gaussian noise
+    precondition:Preconditioner,   # brings the result to unit variance
+)->torch.Tensor:               # (B,C+1,h,w): the noisy small picture, and a plane that says how noisy
+    "What the second stage is shown: conditioning augmentation (arXiv:2106.15282, section 4.2)."
+    _, _, c_in, c_noise = (c[:, None, None, None] for c in precondition(sigma))
+    return torch.cat([c_in * add_noise(low, sigma, eps), c_noise.expand(len(low), 1, *low.shape[2:])], 1)
+
+def shrink(
+    x0:torch.Tensor,     # (B,C,H,W) pictures in [-1,1]
+    side:int,            # wanted side, pixels
+)->torch.Tensor:         # (B,C,side,side)
+    "Small pictures for training the second stage."
+    return torch.nn.functional.interpolate(x0, (side, side), mode="bilinear", antialias=True)
+
+class Enlarge:
+    "The second stage with its small pictures at hand, `denoise(x, sigma, text) -> x0`: no sampler sees a difference."
+    def __init__(self,
+        denoise:Denoiser,      # of a network with `cond_channels`
+        hint:torch.Tensor,     # (B,C+1,h,w) from `make_hint`
+    ): self.denoise, self.hint = denoise, hint
+
+    def __call__(self, x:torch.Tensor, sigma:float, text:torch.Tensor)->torch.Tensor:
+        "Estimate of the clean large pictures."
+        return self.denoise(x, sigma, text, self.hint)
 
 # %% ../nbs/04_ddpm.ipynb #3c9a91e2
 def no_callback(
@@ -346,23 +378,30 @@ class PokemonOutput(BaseOutput):
 # %% ../nbs/04_ddpm.ipynb #dd62acfe
 class PokemonPipeline(DiffusionPipeline):
     "Text to picture: `pipe('a blue water pokemon with wings', seed=0).images[0]`."
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq, _optional_components = "unet->upsampler", ["upsampler"]
 
     def __init__(self,
         unet:UNet,                          # the network, usually with EMA weights
         scheduler:NoiseProcess,             # its schedule and preconditioner
+        upsampler:UNet|None=None,           # second stage; None = `unet` draws at full size
         text_encoder_name:str="minilm",     # which `TextEncoder` its sentence vectors come from
         sample_size:int=64,                 # side of the pictures it was trained on, pixels
         sampler:str="dpmpp_2m",             # default sampler, a key of `SAMPLERS`
         num_inference_steps:int=12,         # default number of steps
         guidance_scale:float=2.0,           # default guidance scale
         training:str="",                    # one line on where the weights come from
+        base_size:int=0,                    # with a second stage: side of what `unet` draws, pixels
+        upsampler_steps:int=2,              # steps of the second stage, never guided
+        upsampler_sigma:float=1.0,          # noise it starts from, pixel-std units
+        upsampler_noise:float=.1,           # noise added to the small picture it is shown
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, upsampler=upsampler)
         self.register_to_config(
             text_encoder_name=text_encoder_name, sample_size=sample_size, sampler=sampler,
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, training=training)
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, training=training,
+            base_size=base_size, upsampler_steps=upsampler_steps, upsampler_sigma=upsampler_sigma,
+            upsampler_noise=upsampler_noise)
         self._text_encoder = None
 
     @property
@@ -437,6 +476,7 @@ def __call__(self:PokemonPipeline,
     use = self.settings(num_inference_steps, guidance_scale, sampler)
     sampler, side = use["sampler"], self.config.sample_size if size is None else size
     check_call(self, sampler, side, output_type)
+    small = side * self.config.base_size // self.config.sample_size if self.upsampler else side
     sigmas = self.scheduler.schedule.sampling_sigmas(use["steps"])
     count = CountCalls(Denoiser(self.unet, self.scheduler.precondition))
     denoise = Guided(count, use["guidance_scale"])
@@ -444,15 +484,38 @@ def __call__(self:PokemonPipeline,
     seeds = None
     if generator is None: generator, seeds = picture_generators(len(text), seed)
     noise = lambda x: randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-    x = noise(torch.empty(len(text), self.unet.config.in_channels, side, side, device=self.device)) * sigmas[0].item()
-    with self.progress_bar(total=len(sigmas) - 1) as bar:
+    x = noise(torch.empty(len(text), self.unet.config.in_channels, small, small, device=self.device)) * sigmas[0].item()
+    calls = len(sigmas) - 1 + (self.config.upsampler_steps if self.upsampler else 0)
+    with self.progress_bar(total=calls) as bar:
         def callback(i, sigma, x, x0):
             bar.update()
             if callback_on_step_end: callback_on_step_end(self, i, sigma, {"latents": x, "x0": x0})
         extra = {"noise": noise} if sampler == "ddpm" else {}
         x = SAMPLERS[sampler](clamped(denoise), x, sigmas, text, callback, **extra).clamp(-1, 1)
+        if self.upsampler:
+            later = lambda i, *state: callback(i + len(sigmas) - 1, *state)
+            x, calls = self.enlarge(x, side, text, noise, later)
+            count.pictures += calls
     images = x if output_type == "pt" else [from_tensor(i) for i in x.cpu()]
     return PokemonOutput(images, seeds, count.nfe(len(text))) if return_dict else (images,)
+
+# %% ../nbs/04_ddpm.ipynb #4b2ac492
+@patch
+def enlarge(self:PokemonPipeline,
+    low:torch.Tensor,      # (B,C,h,w) small pictures in [-1,1]
+    side:int,              # side of the large ones, pixels
+    text:torch.Tensor,     # (B,D) sentence vectors
+    noise:Callable,        # where noise comes from, `noise(x)` like x
+    callback:Callable,     # called after every step
+)->tuple[torch.Tensor, int]:   # (B,C,side,side) in [-1,1], and the network calls that were made
+    "The second stage: enlarge smoothly, add some noise, and draw what is under it."
+    c, level = self.config, torch.full((len(low),), self.config.upsampler_noise, device=low.device)
+    hint = make_hint(low, level, noise(low), self.scheduler.precondition)
+    count = CountCalls(Enlarge(Denoiser(self.upsampler, self.scheduler.precondition), hint))
+    x = torch.nn.functional.interpolate(low, (side, side), mode="bilinear")
+    sigmas = c.upsampler_sigma * torch.linspace(1, 0, c.upsampler_steps + 1, dtype=torch.float64) ** 3
+    x = sample_dpmpp_2m(clamped(count), x + c.upsampler_sigma * noise(x), sigmas, text, callback)
+    return x.clamp(-1, 1), count.pictures
 
 # %% ../nbs/04_ddpm.ipynb #e3835aa3
 def clamped(
@@ -472,8 +535,9 @@ def check_call(
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be known, got {sampler!r}; allowed: {', '.join(SAMPLERS)}")
     if output_type not in ("pil", "pt"): raise ValueError(f"output_type must be 'pil' or 'pt', got {output_type!r}")
-    if size < 1 or size > 512 or size % pipe.unet.min_side:
-        raise ValueError(f"size must be a multiple of {pipe.unet.min_side} up to 512, got {size}")
+    step = pipe.unet.min_side
+    if pipe.upsampler: step = math.lcm(step * pipe.config.sample_size // pipe.config.base_size, pipe.upsampler.min_side)
+    if not 1 <= size <= 512 or size % step: raise ValueError(f"size must be a multiple of {step} up to 512, got {size}")
 
 # %% ../nbs/04_ddpm.ipynb #8f89d34b
 import json
@@ -524,7 +588,7 @@ def load_pipeline(
         raise ValueError(f"checkpoint: {folder} cannot be loaded: weights and configuration do not fit together, or a "
                          f"file is damaged: {type(e).__name__}: {str(e)[:300]}") from e
     finally: diffusers_logging.enable_progress_bar()
-    pipe.unet.eval().to(memory_format=torch.channels_last)
+    for net in filter(None, (pipe.unet, pipe.upsampler)): net.eval().to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(pick_device(device))
 
@@ -546,10 +610,12 @@ def describe(self:PokemonPipeline,
     folder:str|Path="",     # where it was loaded from
 )->str:                     # one line
     "What is used: weights, network, sampler, device."
-    n, c = sum(p.numel() for p in self.unet.parameters()) / 1e6, self.config
+    count = lambda net: sum(p.numel() for p in net.parameters()) / 1e6 if net else 0
+    n, c = count(self.unet) + count(self.upsampler), self.config
+    stages = f"{c.base_size} -> {c.sample_size}" if self.upsampler else f"{c.sample_size}"
     kind = "RGBA" if self.unet.config.in_channels == 4 else "RGB"
     return (f"checkpoint {folder or 'in memory'} ({c.training or 'untrained'}) · {n:.1f} M parameters, "
-            f"{self.unet.dtype} · {c.sample_size} px {kind} · {c.sampler}, {c.num_inference_steps} steps, "
+            f"{self.unet.dtype} · {stages} px {kind} · {c.sampler}, {c.num_inference_steps} steps, "
             f"guidance {c.guidance_scale:g} · text {c.text_encoder_name} · {self.device}")
 
 # %% ../nbs/04_ddpm.ipynb #ce025309

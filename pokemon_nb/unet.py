@@ -102,10 +102,11 @@ class UNet(ModelMixin, ConfigMixin):
         text_dim:int=384,                      # width of the sentence vector; 384 = MiniLM
         emb_dim:int=256,                       # width of the embedding of noise level and text
         text_tokens:int=4,                     # text tokens seen by attention
+        cond_channels:int=0,                   # channels of the picture given as a hint (see chapter 04); 0 = none
     ):
         super().__init__()
         check_unet(in_channels, patch_size, widths, depths)
-        self.stem = nn.Conv2d(in_channels * patch_size**2, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(in_channels * patch_size**2 + cond_channels, widths[0], 3, padding=1)
         self.noise_mlp = nn.Sequential(nn.Linear(128, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.text_proj = nn.Linear(text_dim, emb_dim)
         pairs = list(zip(widths, widths[1:]))
@@ -123,11 +124,16 @@ class UNet(ModelMixin, ConfigMixin):
         x:torch.Tensor,        # (B,C,H,W) noisy picture, scaled to about unit variance
         c_noise:torch.Tensor,  # (B,) noise conditioning, of order 1
         text:torch.Tensor,     # (B,text_dim) unit-length sentence vectors; the zero vector = null caption
+        cond:torch.Tensor|None=None,   # (B,cond_channels,h,w) hint, resized to the tokens' H/patch_size; None = none
     )->torch.Tensor:           # (B,C,H,W) raw prediction
-        "Predict from a noisy picture, its noise level and its caption."
+        "Predict from a noisy picture, its noise level, its caption and, for an upsampler, a small picture."
         emb, words = self.embed(c_noise, text)
-        h = F.pixel_unshuffle(x, self.config.patch_size).contiguous(memory_format=torch.channels_last)
-        h, skips = self.stem(h), []
+        h = F.pixel_unshuffle(x, self.config.patch_size)
+        if self.config.cond_channels:
+            if cond is None: raise ValueError(f"UNet: cond must have {self.config.cond_channels} channels, got None")
+            if cond.shape[2:] != h.shape[2:]: cond = F.interpolate(cond, h.shape[2:], mode="bilinear", antialias=True)
+            h = torch.cat([h, cond.to(h.dtype)], 1)
+        h, skips = self.stem(h.contiguous(memory_format=torch.channels_last)), []
         for i, blocks in enumerate(self.enc):
             for block in blocks: h = block(h, emb)
             if i < len(self.down):
