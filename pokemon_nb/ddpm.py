@@ -383,13 +383,13 @@ class PokemonPipeline(DiffusionPipeline):
     def __init__(self,
         unet:UNet,                          # the network, usually with EMA weights
         scheduler:NoiseProcess,             # its schedule and preconditioner
-        upsampler:UNet|None=None,           # second stage; None = `unet` draws at full size
         text_encoder_name:str="minilm",     # which `TextEncoder` its sentence vectors come from
         sample_size:int=64,                 # side of the pictures it was trained on, pixels
         sampler:str="dpmpp_2m",             # default sampler, a key of `SAMPLERS`
         num_inference_steps:int=12,         # default number of steps
         guidance_scale:float=2.0,           # default guidance scale
         training:str="",                    # one line on where the weights come from
+        upsampler:UNet|None=None,           # second stage; None = `unet` draws at full size
         base_size:int=0,                    # with a second stage: side of what `unet` draws, pixels
         upsampler_steps:int=2,              # steps of the second stage, never guided
         upsampler_sigma:float=1.0,          # noise it starts from, pixel-std units

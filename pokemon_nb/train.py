@@ -6,10 +6,10 @@
 __all__ = ['RIGHTS', 'CARD', 'refuse_unknown', 'require', 'DataConfig', 'ModelConfig', 'DiffusionConfig', 'SamplerConfig',
            'OptimizerConfig', 'TrainingParams', 'DeviceConfig', 'TrainConfig', 'data_overrides', 'typed_config',
            'resolve_config', 'stratified', 'pick_phrasings', 'coat_captions', 'embed_coats', 'ema_decay',
-           'LitDiffusion', 'differences', 'start_from', 'JSONLLogger', 'read_metrics', 'git_commit', 'environment',
-           'best_precision', 'model_card', 'save_checkpoint', 'sample_grid', 'Snapshot', 'speak', 'prepare',
-           'start_run', 'make_trainer', 'make_loggers', 'train', 'forget_run', 'fit', 'plot_metrics', 'finish',
-           'publish', 'pokemon_train']
+           'LitDiffusion', 'differences', 'start_from', 'MuonAdamW', 'split_matrices', 'lr_factor', 'JSONLLogger',
+           'read_metrics', 'git_commit', 'environment', 'best_precision', 'model_card', 'save_checkpoint',
+           'sample_grid', 'Snapshot', 'speak', 'prepare', 'start_run', 'make_trainer', 'make_loggers', 'train',
+           'forget_run', 'fit', 'plot_metrics', 'finish', 'publish', 'pokemon_train']
 
 # %% ../nbs/05_train.ipynb #2417678b
 import difflib
@@ -108,15 +108,15 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    "AdamW, or SGD as a baseline."
-    name:str = "adamw"                # "adamw" or "sgd"
-    weight_decay:float = 0.01         # decoupled for AdamW
+    "AdamW, Muon for the matrices and AdamW for the rest, or SGD as a baseline."
+    name:str = "adamw"                # "adamw", "muon" or "sgd"
+    weight_decay:float = 0.01         # decoupled for AdamW and Muon
     beta1:float = 0.9                 # AdamW
     beta2:float = 0.99                # AdamW
-    momentum:float = 0.9              # SGD
+    momentum:float = 0.9              # SGD and Muon
 
     def __post_init__(self):
-        require(self.name in ("adamw", "sgd"), "optimizer.name", "be adamw or sgd", self.name)
+        require(self.name in ("adamw", "muon", "sgd"), "optimizer.name", "be adamw, muon or sgd", self.name)
         require(self.weight_decay >= 0, "optimizer.weight_decay", "be at least 0", self.weight_decay)
 
 # %% ../nbs/05_train.ipynb #296c3927
@@ -127,6 +127,7 @@ class TrainingParams:
     batch_size:int = 32               # pictures per step and device
     lr:float = 1e-3                   # learning rate after warm-up
     warmup:int = 100                  # steps of linear warm-up
+    decay:float = 0.0                 # share of the steps, at the end, in which the rate falls linearly to zero
     grad_clip:float = 1.0             # largest gradient norm; 0 = no clipping
     caption_dropout:float = 0.1       # share of captions replaced by the null caption
     ema_halflife:int = 20_000         # half-life of averaged weights, in images
@@ -142,6 +143,7 @@ class TrainingParams:
                              grid_prompts=1, early_stopping=0).items():
             require(getattr(self, key) >= low, f"training_params.{key}", f"be at least {low}", getattr(self, key))
         require(self.lr > 0, "training_params.lr", "be positive", self.lr)
+        require(0 <= self.decay <= 1, "training_params.decay", "lie in [0,1]", self.decay)
         require(0 <= self.caption_dropout <= 1, "training_params.caption_dropout", "lie in [0,1]", self.caption_dropout)
 
 # %% ../nbs/05_train.ipynb #9aa6eafa
@@ -404,46 +406,86 @@ def generator(self:LitDiffusion,
     "A generator that depends on (seed, what, step, rank) only."
     return torch.Generator(self.device).manual_seed(step_seed(self.cfg.seed, what, step, self.global_rank))
 
-# %% ../nbs/05_train.ipynb #a04ae255
+# %% ../nbs/05_train.ipynb #1dc1516f
+class MuonAdamW(torch.optim.Optimizer):
+    "torch's Muon for matrices and convolutions, torch's AdamW for all other parameters, as one optimizer."
+    def __init__(self,
+        matrices:list[torch.nn.Parameter],   # 2-D weights, and 4-D ones as (out, all the rest)
+        others:list[torch.nn.Parameter],     # everything else
+        lr:float,                            # of both; Muon's update is brought to AdamW's size (arXiv:2502.16982)
+        betas:tuple[float, float],           # AdamW's
+        momentum:float,                      # Muon's
+        weight_decay:float,                  # decoupled, of both
+    ):
+        self.matrices = list(matrices)
+        flat = [torch.nn.Parameter(self.flatten(p.detach()), requires_grad=False) for p in self.matrices]
+        assert all(f.data_ptr() == p.data_ptr() for f, p in zip(flat, self.matrices))   # views, or nothing is learned
+        self.parts = {"muon": torch.optim.Muon(flat, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw"),
+                      "adamw": torch.optim.AdamW(others, lr, betas, weight_decay=weight_decay)}
+        super().__init__([dict(params=flat), dict(params=list(others))], dict(lr=lr))
+        self.param_groups = [g for part in self.parts.values() for g in part.param_groups]  # shared: schedulers set lr
+
+    @staticmethod
+    def flatten(
+        w:torch.Tensor,    # (O,I) or (O,I,h,w)
+    )->torch.Tensor:       # (O,all the rest); a view if a 4-D one lies channels-last
+        "A weight as a matrix."
+        return w if w.ndim == 2 else w.permute(0, 2, 3, 1).reshape(len(w), -1)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        "One step of both."
+        with torch.enable_grad(): loss = closure() if closure else None
+        for flat, p in zip(self.parts["muon"].param_groups[0]["params"], self.matrices):
+            flat.grad = None if p.grad is None else self.flatten(p.grad)
+        for part in self.parts.values(): part.step()
+        return loss
+
+    def zero_grad(self, set_to_none:bool=True):
+        "Forget the gradients of the weights themselves; the views borrow theirs."
+        for p in (*self.matrices, *self.parts["adamw"].param_groups[0]["params"]): p.grad = None
+
+    def state_dict(self)->dict:
+        return {k: part.state_dict() for k, part in self.parts.items()}
+
+    def load_state_dict(self, state:dict):
+        for k, part in self.parts.items(): part.load_state_dict(state[k])
+        self.param_groups = [g for part in self.parts.values() for g in part.param_groups]
+
+def split_matrices(
+    net:torch.nn.Module,    # a UNet
+)->tuple[list, list]:       # parameters for Muon, parameters for AdamW
+    "Weights inside the network are matrices; stem, head, biases and what reads noise level and text are not."
+    outside = ("stem", "head", "noise_mlp", "text_proj", "modulation")
+    inside = lambda n, p: p.ndim >= 2 and not any(o in n for o in outside)
+    named = list(net.named_parameters())
+    return [p for n, p in named if inside(n, p)], [p for n, p in named if not inside(n, p)]
+
+# %% ../nbs/05_train.ipynb #42eb63b8
+def lr_factor(
+    step:int,         # optimizer steps done
+    steps:int,        # optimizer steps in all
+    warmup:int,       # steps of linear warm-up
+    decay:float,      # share of the steps in which the rate falls
+)->float:             # in (0,1]
+    "Warm up, stay, fall (\"trapezoid\", arXiv:2405.18392, section 3)."
+    left = (steps - step) / max(1, decay * steps)
+    return min(1.0, (step + 1) / max(1, warmup), max(left, 1e-3) if decay else 1.0)
+
+
 @patch
 def configure_optimizers(self:LitDiffusion)->dict:
-    "The optimizer and its warm-up; the rate stays constant afterwards, the EMA does the settling."
+    "The optimizer and its learning rate over the steps."
     o, t = self.cfg.optimizer, self.cfg.training_params
     if o.name == "adamw":
         fused = self.trainer.precision != "16-mixed"       # a fused step cannot unscale before clipping
         opt = torch.optim.AdamW(self.denoise.parameters(), t.lr, (o.beta1, o.beta2), weight_decay=o.weight_decay,
                                 fused=fused)
+    elif o.name == "muon":
+        opt = MuonAdamW(*split_matrices(self.denoise.net), t.lr, (o.beta1, o.beta2), o.momentum, o.weight_decay)
     else: opt = torch.optim.SGD(self.denoise.parameters(), t.lr, o.momentum, weight_decay=o.weight_decay)
-    warm = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min(1.0, (step + 1) / max(1, t.warmup)))
-    return {"optimizer": opt, "lr_scheduler": {"scheduler": warm, "interval": "step"}}
-
-
-@patch
-def configure_gradient_clipping(self:LitDiffusion, optimizer, gradient_clip_val:float|None=None,
-                                gradient_clip_algorithm:str|None=None):
-    "Clip the gradient norm; Lightning's own way refuses every fused optimizer, though bf16 scales nothing."
-    if self.trainer.precision == "16-mixed":
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-    elif gradient_clip_val: torch.nn.utils.clip_grad_norm_(self.denoise.parameters(), gradient_clip_val)
-
-
-@patch
-def images_seen(self:LitDiffusion)->int:
-    "Images seen so far over all devices."
-    return self.global_step * self.cfg.training_params.batch_size * self.trainer.world_size
-
-
-@patch
-@torch.no_grad()
-def on_train_batch_end(self:LitDiffusion, outputs, batch:dict, batch_idx:int):
-    "Update the EMA, and write a row of metrics now and then."
-    t, images = self.cfg.training_params, self.images_seen()
-    size = t.batch_size * self.trainer.world_size
-    decay = ema_decay(images - size, size, t.ema_halflife, t.ema_rampup)
-    torch._foreach_lerp_(list(self.ema.parameters()), list(self.denoise.parameters()), 1 - decay)
-    if self.global_step % t.log_every == 0:
-        row = {"train_loss": outputs["loss"].item(), "lr": self.optimizers().param_groups[0]["lr"]}
-        for logger in self.loggers: logger.log_metrics({"images": images} | row, step=self.global_step)
+    rate = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: lr_factor(step, t.steps, t.warmup, t.decay))
+    return {"optimizer": opt, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
 # %% ../nbs/05_train.ipynb #5a7e4799
 @patch
@@ -725,10 +767,12 @@ def start_run(
 )->tuple[Path, Path|None]:# run folder, and the state to resume from (None = from the start)
     "Make the run folder or recognise an interrupted run; raises ValueError before anything is changed."
     run, text = Path(cfg.out), OmegaConf.to_yaml(OmegaConf.structured(cfg))
-    state, known, plain = run / "last.ckpt", run / "config.yaml", lambda c: OmegaConf.to_object(c)
+    state, known = run / "last.ckpt", run / "config.yaml"
     if known.is_file():
         free = ("training_params.steps:", "wandb:", "out:")        # these do not change what is learned up to a step
-        all_changes = differences(plain(OmegaConf.load(known)), plain(OmegaConf.create(text)))
+        try: before = asdict(typed_config(OmegaConf.load(known)))      # a setting that is newer gets its default
+        except (OmegaConfBaseException, ValueError) as e: raise ValueError(f"out: {known} cannot be read: {e}") from e
+        all_changes = differences(before, asdict(cfg))
         if changed := [d for d in all_changes if not d.startswith(free)]:
             raise ValueError(f"out: {run} holds a run with other settings ({'; '.join(changed)}); "
                              "choose another folder")
