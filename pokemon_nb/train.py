@@ -6,10 +6,10 @@
 __all__ = ['RIGHTS', 'CARD', 'refuse_unknown', 'require', 'DataConfig', 'ModelConfig', 'DiffusionConfig', 'SamplerConfig',
            'OptimizerConfig', 'TrainingParams', 'DeviceConfig', 'TrainConfig', 'data_overrides', 'typed_config',
            'resolve_config', 'stratified', 'pick_phrasings', 'coat_captions', 'embed_coats', 'ema_decay',
-           'LitDiffusion', 'differences', 'start_from', 'MuonAdamW', 'split_matrices', 'lr_factor', 'JSONLLogger',
-           'read_metrics', 'git_commit', 'environment', 'best_precision', 'model_card', 'save_checkpoint',
-           'sample_grid', 'Snapshot', 'speak', 'prepare', 'start_run', 'make_trainer', 'make_loggers', 'train',
-           'forget_run', 'fit', 'plot_metrics', 'finish', 'publish', 'pokemon_train']
+           'LitDiffusion', 'first_stage', 'differences', 'start_from', 'MuonAdamW', 'split_matrices', 'lr_factor',
+           'JSONLLogger', 'read_metrics', 'git_commit', 'environment', 'best_precision', 'model_card',
+           'save_checkpoint', 'sample_grid', 'Snapshot', 'speak', 'prepare', 'start_run', 'make_trainer',
+           'make_loggers', 'train', 'forget_run', 'fit', 'plot_metrics', 'finish', 'publish', 'pokemon_train']
 
 # %% ../nbs/05_train.ipynb #2417678b
 import difflib
@@ -73,6 +73,11 @@ class ModelConfig:
     text_tokens:int = 4                        # text tokens seen by attention
     text_encoder:str = "minilm"                # which `TextEncoder`
     init:str = ""                              # checkpoint or run folder whose weights to start from; "" = random ones
+    base:str = ""                              # run or checkpoint of a first stage: this network enlarges its pictures
+    hint_noise:float = 0.5                     # most noise added to the small pictures in training, pixel-std units
+
+    def __post_init__(self):
+        require(self.hint_noise > 0, "model.hint_noise", "be positive", self.hint_noise)
 
 
 @dataclass(frozen=True)
@@ -98,12 +103,19 @@ class SamplerConfig:
     sampler:str = "dpmpp_2m"          # a key of `SAMPLERS`
     num_inference_steps:int = 16      # sampler steps
     guidance_scale:float = 2.5        # 1 = no guidance
+    upsampler_steps:int = 2           # steps of a second stage
+    upsampler_sigma:float = 1.0       # noise from which a second stage starts, pixel-std units
+    upsampler_noise:float = 0.1       # noise added to the small picture it is shown
 
     def __post_init__(self):
         require(self.sampler in SAMPLERS, "diffusion_steps.sampler", f"be one of {', '.join(SAMPLERS)}", self.sampler)
         n, g = self.num_inference_steps, self.guidance_scale
         require(1 <= n <= 1000, "diffusion_steps.num_inference_steps", "lie in 1..1000", n)
         require(0 <= g <= 30, "diffusion_steps.guidance_scale", "lie in [0,30]", g)
+        n = self.upsampler_steps
+        require(1 <= n <= 1000, "diffusion_steps.upsampler_steps", "lie in 1..1000", n)
+        for key in ("upsampler_sigma", "upsampler_noise"):
+            require(0 < getattr(self, key) <= 10, f"diffusion_steps.{key}", "lie in (0,10]", getattr(self, key))
 
 
 @dataclass(frozen=True)
@@ -314,7 +326,7 @@ import lightning.pytorch as L
 
 from .captioning import drop_captions
 from .data import step_seed
-from .ddpm import Denoiser, NoiseProcess, denoising_loss
+from .ddpm import Denoiser, NoiseProcess, denoising_loss, make_hint, shrink
 from .unet import UNet
 
 
@@ -333,8 +345,10 @@ class LitDiffusion(L.LightningModule):
         torch.manual_seed(step_seed(cfg.seed, "weights"))
         # by keyword: diffusers forgets positional arguments when it rebuilds a model from its config
         net = UNet(in_channels=cfg.data.channels, patch_size=m.patch_size, widths=m.widths, depths=m.depths,
-                   text_dim=train_text.shape[-1], emb_dim=m.emb_dim, text_tokens=m.text_tokens)
+                   text_dim=train_text.shape[-1], emb_dim=m.emb_dim, text_tokens=m.text_tokens,
+                   cond_channels=cfg.data.channels + 1 if m.base else 0)
         if m.init: start_from(net, m.init)
+        self.base = first_stage(cfg) if m.base else None
         self.denoise = Denoiser(net, self.process.precondition)
         self.ema = Denoiser(copy.deepcopy(net), self.process.precondition).requires_grad_(False).eval()
         self.register_buffer("train_text", train_text, persistent=False)
@@ -350,7 +364,26 @@ class LitDiffusion(L.LightningModule):
         text = drop_captions(text, self.cfg.training_params.caption_dropout, gen)
         sigma = self.process.schedule.training_sigmas(stratified(len(x0), gen))
         eps = torch.randn(x0.shape, generator=gen, device=gen.device)
-        return denoising_loss(self.denoise, x0, sigma, eps, text).mean()
+        return denoising_loss(self.denoise, x0, sigma, eps, text, self.hint(x0, gen)).mean()
+
+# %% ../nbs/05_train.ipynb #ca7f346b
+from .ddpm import PokemonPipeline, load_pipeline
+
+
+def first_stage(
+    cfg:TrainConfig,      # of a second stage
+)->PokemonPipeline:       # what draws the small pictures
+    "Load `model.base`; raises ValueError when the two stages do not fit together."
+    base, d, m = load_pipeline(cfg.model.base, "cpu"), cfg.data, cfg.model
+    small, theirs = base.config.base_size or base.config.sample_size, base.scheduler.precondition
+    ours = NoiseProcess(**asdict(cfg.diffusion)).precondition
+    require(d.size > small, "data.size", f"be larger than the {small} px of model.base {m.base}", d.size)
+    require(base.unet.config.in_channels == d.channels, "data.channels", "be as in model.base", d.channels)
+    text = base.config.text_encoder_name
+    require(text == m.text_encoder, "model.text_encoder", "be as in model.base", m.text_encoder)
+    require(ours == theirs, "diffusion", f"mean the same as in model.base ({theirs})", ours)
+    base.register_to_config(base_size=small)
+    return base
 
 # %% ../nbs/05_train.ipynb #5f1007e7
 def differences(
@@ -366,15 +399,13 @@ def differences(
     return out
 
 # %% ../nbs/05_train.ipynb #8f156317
-from .ddpm import load_pipeline
-
-
 def start_from(
     net:UNet,            # fresh network; its weights are replaced
     folder:str|Path,     # checkpoint or run folder with a network of the same architecture
 ):
     "Take over the weights of a checkpoint; raises ValueError naming the settings in which the two networks differ."
-    old = load_pipeline(folder, "cpu").unet
+    pipe = load_pipeline(folder, "cpu")
+    old = pipe.upsampler if net.config.cond_channels and pipe.upsampler else pipe.unet
     fits = lambda c: {k: v for k, v in c.items() if not k.startswith("_")}
     if changed := differences(fits(dict(old.config)), fits(dict(net.config))):
         raise ValueError(f"model.init: {folder} holds another network ({'; '.join(changed)}); choose the same model")
@@ -396,6 +427,21 @@ def name_coats(self:LitDiffusion,
     table = self.coat_text.flatten(0, 1)                                          # (N*10,P,D)
     named = pick_phrasings(table, index * self.coat_text.shape[1] + coat.clamp_min(0), generator)
     return torch.where((coat >= 0)[:, None].to(text.device), named, text)
+
+
+@patch
+def hint(self:LitDiffusion,
+    x0:torch.Tensor,                    # (B,C,S,S) clean pictures
+    generator:torch.Generator,          # source of the noise
+    sigma:float|None=None,              # noise of the small pictures; None = log-uniform up to `model.hint_noise`
+)->torch.Tensor|None:                   # (B,C+1,s,s) from `make_hint`; None for a network that draws alone
+    "What a second stage is shown of these pictures."
+    if not self.base: return None
+    low, most = shrink(x0, self.base.config.base_size), self.cfg.model.hint_noise
+    u = torch.rand(len(x0), generator=generator, device=x0.device)
+    level = most * .04 ** u if sigma is None else torch.full_like(u, sigma)
+    eps = torch.randn(low.shape, generator=generator, device=x0.device)
+    return make_hint(low, level, eps, self.process.precondition)
 
 
 @patch
@@ -503,7 +549,8 @@ def validation_step(self:LitDiffusion, batch:dict, batch_idx:int):
     levels = self.process.schedule.training_sigmas((torch.arange(k, device=self.device) + .5) / k)
     for i, sigma in enumerate(levels):
         eps = torch.randn(x0.shape, generator=gen, device=gen.device)
-        self.val_sums[i] += denoising_loss(self.ema, x0, sigma.expand(len(x0)), eps, text).sum()
+        hint = self.hint(x0, gen, self.cfg.diffusion_steps.upsampler_noise)
+        self.val_sums[i] += denoising_loss(self.ema, x0, sigma.expand(len(x0)), eps, text, hint).sum()
     self.val_count += len(x0)
 
 
@@ -650,8 +697,16 @@ def pipeline(self:LitDiffusion)->PokemonPipeline:
     unet = UNet.from_config(self.denoise.net.config)
     unet.load_state_dict(self.ema.net.state_dict())
     origin = f"{Path(cfg.data.source).name}, {self.global_step} steps of {cfg.training_params.batch_size}"
-    pipe = PokemonPipeline(unet.eval(), self.process, cfg.model.text_encoder, cfg.data.size, s.sampler,
-                           s.num_inference_steps, s.guidance_scale, origin)
+    mine = dict(sampler=s.sampler, num_inference_steps=s.num_inference_steps, guidance_scale=s.guidance_scale,
+                training=origin, unet=unet.eval(), scheduler=self.process)
+    if self.base:
+        b = self.base.config
+        mine = dict(sampler=b.sampler, num_inference_steps=b.num_inference_steps, guidance_scale=b.guidance_scale,
+                    training=f"{b.training}; enlarged: {origin}", unet=self.base.unet, scheduler=self.base.scheduler,
+                    upsampler=unet.eval(), base_size=b.base_size)
+    pipe = PokemonPipeline(text_encoder_name=cfg.model.text_encoder, sample_size=cfg.data.size,
+                           upsampler_steps=s.upsampler_steps, upsampler_sigma=s.upsampler_sigma,
+                           upsampler_noise=s.upsampler_noise, **mine)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(self.device)
 
@@ -667,7 +722,7 @@ def save_checkpoint(
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(new, ignore_errors=True)
     pipe.save_pretrained(new, safe_serialization=True)
-    for file in (new / "model_index.json", new / "unet/config.json"):      # where it lay before is nobody's business
+    for file in (new / "model_index.json", *new.glob("*/config.json")):    # where it lay before is nobody's business
         settings = json.loads(file.read_text())
         file.write_text(json.dumps({k: v for k, v in settings.items() if k != "_name_or_path"}, indent=2) + "\n")
     (new / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
@@ -925,23 +980,28 @@ def finish(
     write_atomic(run / "grid.png", png_bytes(sample_grid(pipe, prompts, cols=6 if len(prompts) > 16 else 4)))
     print(f"checkpoint {run / 'checkpoint'} · grid {run / 'grid.png'} · curve {run / 'loss.png'}")
 
-# %% ../nbs/05_train.ipynb #563564c6
+# %% ../nbs/05_train.ipynb #8f85dc91
 def publish(
     run:str|Path,            # run folder
     out:str|Path,            # checkpoint folder to write; replaced as a whole
     sampler:str|None=None,   # default sampler; None = the run's own, as for the next two
     steps:int|None=None,     # default number of sampler steps
     guidance:float|None=None,# default guidance scale
+    base:str|Path|None=None, # run or checkpoint whose first stage replaces the run's own; None = keep it
 )->Path:                     # `out`
     "Copy a run's checkpoint with float16 weights; its card and metrics stay those of the run."
-    pipe = load_pipeline(Path(run) / "checkpoint", "cpu")
+    pipe, cfg = load_pipeline(Path(run) / "checkpoint", "cpu"), typed_config(OmegaConf.load(Path(run) / "config.yaml"))
     use = pipe.settings(steps, guidance, sampler)
     SamplerConfig(*use.values())                             # refuses what no sampler can do
-    pipe.unet.half()
+    if base:
+        other = first_stage(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, base=str(base))))
+        if other.config.base_size != pipe.config.base_size:
+            raise ValueError(f"base: {base} must draw {pipe.config.base_size} px, it draws {other.config.base_size}")
+        pipe.register_modules(unet=other.unet, scheduler=other.scheduler)
+    for net in filter(None, (pipe.unet, pipe.upsampler)): net.half()
     pipe.register_to_config(sampler=use["sampler"], num_inference_steps=use["steps"],
                             guidance_scale=use["guidance_scale"])
     metrics = json.loads((Path(run) / "checkpoint/metrics.json").read_text())
-    cfg = typed_config(OmegaConf.load(Path(run) / "config.yaml"))
     save_checkpoint(pipe, out, dataclasses.replace(cfg, out=str(out)), metrics)
     return Path(out)
 
