@@ -356,15 +356,22 @@ class LitDiffusion(L.LightningModule):
         self.register_buffer("coat_text", coat_text, persistent=False)
         if cfg.device.compile: self.denoise.net.compile()
 
-    def training_step(self, batch:dict, batch_idx:int)->torch.Tensor:
-        "Denoising loss of one batch `{x0 (B,C,S,S), index (B,), step}`, with `coat (B,)` if pictures were recoloured."
-        x0, gen = batch["x0"], self.generator("noise", batch["step"])
-        text = pick_phrasings(self.train_text, batch["index"], gen)
+    def task(self,
+        batch:dict,                   # `{x0 (B,C,S,S), index (B,), step}`, with `coat (B,)` if pictures were recoloured
+        gen:torch.Generator,          # source of all choices
+    )->tuple[torch.Tensor, ...]:      # x0, sigma (B,), eps, text (B,D): what is noised how much, and its words
+        "Draw a caption, a noise level and noise for each picture."
+        x0, text = batch["x0"], pick_phrasings(self.train_text, batch["index"], gen)
         if "coat" in batch: text = self.name_coats(text, batch["index"], batch["coat"], gen)
         text = drop_captions(text, self.cfg.training_params.caption_dropout, gen)
         sigma = self.process.schedule.training_sigmas(stratified(len(x0), gen))
-        eps = torch.randn(x0.shape, generator=gen, device=gen.device)
-        return denoising_loss(self.denoise, x0, sigma, eps, text, self.hint(x0, gen)).mean()
+        return x0, sigma, torch.randn(x0.shape, generator=gen, device=gen.device), text
+
+    def training_step(self, batch:dict, batch_idx:int)->torch.Tensor:
+        "Denoising loss of one batch, as for `task`."
+        gen = self.generator("noise", batch["step"])
+        task = self.task(batch, gen)
+        return denoising_loss(self.denoise, *task, self.hint(task[0], gen)).mean()
 
 # %% ../nbs/05_train.ipynb #ca7f346b
 from .ddpm import PokemonPipeline, load_pipeline
@@ -532,6 +539,34 @@ def configure_optimizers(self:LitDiffusion)->dict:
     else: opt = torch.optim.SGD(self.denoise.parameters(), t.lr, o.momentum, weight_decay=o.weight_decay)
     rate = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: lr_factor(step, t.steps, t.warmup, t.decay))
     return {"optimizer": opt, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+# %% ../nbs/05_train.ipynb #8aa62970
+@patch
+def configure_gradient_clipping(self:LitDiffusion, optimizer, gradient_clip_val:float|None=None,
+                                gradient_clip_algorithm:str|None=None):
+    "Clip the gradient norm; Lightning's own way refuses every fused optimizer, though bf16 scales nothing."
+    if self.trainer.precision == "16-mixed":
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+    elif gradient_clip_val: torch.nn.utils.clip_grad_norm_(self.denoise.parameters(), gradient_clip_val)
+
+
+@patch
+def images_seen(self:LitDiffusion)->int:
+    "Images seen so far over all devices."
+    return self.global_step * self.cfg.training_params.batch_size * self.trainer.world_size
+
+
+@patch
+@torch.no_grad()
+def on_train_batch_end(self:LitDiffusion, outputs, batch:dict, batch_idx:int):
+    "Update the EMA, and write a row of metrics now and then."
+    t, images = self.cfg.training_params, self.images_seen()
+    size = t.batch_size * self.trainer.world_size
+    decay = ema_decay(images - size, size, t.ema_halflife, t.ema_rampup)
+    torch._foreach_lerp_(list(self.ema.parameters()), list(self.denoise.parameters()), 1 - decay)
+    if self.global_step % t.log_every == 0:
+        row = {"train_loss": outputs["loss"].item(), "lr": self.optimizers().param_groups[0]["lr"]}
+        for logger in self.loggers: logger.log_metrics({"images": images} | row, step=self.global_step)
 
 # %% ../nbs/05_train.ipynb #5a7e4799
 @patch
@@ -883,8 +918,9 @@ def make_loggers(
 
 # %% ../nbs/05_train.ipynb #97f941f3
 def train(
-    cfg:TrainConfig,     # a resolved configuration
-)->Path:                 # the run folder
+    cfg:TrainConfig,                     # a resolved configuration
+    kind:type[LitDiffusion]=LitDiffusion,# what is trained; chapter 05c has another one
+)->Path:                                 # the run folder
     "Train, or finish an interrupted run, and leave the run folder complete."
     if not cfg.out: cfg = _with_out(cfg, f"runs/{datetime.now():%Y%m%d-%H%M%S}-{Path(cfg.data.source).name}")
     device = pick_device(cfg.device.accelerator)
@@ -899,7 +935,7 @@ def train(
     data.setup("fit")
     texts = [embed_captions(speak(split), encoder, run / "cache") for split in (data.train_set, data.val_set)]
     coats = embed_coats(data.train_set.records, encoder, run / "cache") if d.recolour else None
-    module = LitDiffusion(cfg, *texts, open_dataset(root).source, coats)
+    module = kind(cfg, *texts, open_dataset(root).source, coats)
     env = environment(cfg, open_dataset(root).hash, device, precision)
     write_atomic(run / "environment.json", json.dumps(env, indent=1) + "\n")
     prompts = list(cfg.data.prompts) or [r["text"] for r in speak(data.val_set)[:36]]
@@ -988,6 +1024,7 @@ def publish(
     steps:int|None=None,     # default number of sampler steps
     guidance:float|None=None,# default guidance scale
     base:str|Path|None=None, # run or checkpoint whose first stage replaces the run's own; None = keep it
+    **changes                # other settings of pipeline or `NoiseProcess`: `upsampler_steps`, `sigma_max`, …
 )->Path:                     # `out`
     "Copy a run's checkpoint with float16 weights; its card and metrics stay those of the run."
     pipe, cfg = load_pipeline(Path(run) / "checkpoint", "cpu"), typed_config(OmegaConf.load(Path(run) / "config.yaml"))
@@ -998,6 +1035,11 @@ def publish(
         if other.config.base_size != pipe.config.base_size:
             raise ValueError(f"base: {base} must draw {pipe.config.base_size} px, it draws {other.config.base_size}")
         pipe.register_modules(unet=other.unet, scheduler=other.scheduler)
+        pipe.register_to_config(guidance=other.config.guidance)
+    process = {k: v for k, v in pipe.scheduler.config.items() if k[0] != "_"}
+    refuse_unknown(set(changes), {*process, *pipe.config} - {"unet", "upsampler", "scheduler"}, "setting")
+    pipe.register_modules(scheduler=NoiseProcess(**process | {k: v for k, v in changes.items() if k in process}))
+    pipe.register_to_config(**{k: v for k, v in changes.items() if k not in process})
     for net in filter(None, (pipe.unet, pipe.upsampler)): net.half()
     pipe.register_to_config(sampler=use["sampler"], num_inference_steps=use["steps"],
                             guidance_scale=use["guidance_scale"])
