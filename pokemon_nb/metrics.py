@@ -398,6 +398,8 @@ def copy_rate(
     return bootstrap(torch.mean, (detector.similarity(x0)[0] > detector.threshold).float())
 
 # %% ../nbs/04b_metrics.ipynb #2306f77c
+from collections import Counter
+
 @dataclass(frozen=True)
 class Wanted:
     "A prompt and what it asks for."
@@ -415,13 +417,15 @@ def unseen_prompts(
     n:int=300,                # number of prompts
     seed:int=0,               # which ones
 )->list[Wanted]:              # different combinations, none of which is in `records`
-    "Ask for combinations that were never seen; each word alone was, in proportion to the training split."
+    "Ask for combinations that were never seen; each word comes about as often as in the training split."
     from pokemon_nb.captioning import captions_from_facts
     seen = {(r["colour"], r["shape"], t) for r in records for t in r["types"]}
-    pools = [sorted({k[i] for k in seen}) for i in range(3)]
-    free = sorted({(c, s, t) for c in pools[0] for s in pools[1] for t in pools[2]} - seen)
+    said = [Counter(r[k] for r in records) for k in ("colour", "shape")]
+    said.append(Counter(t for r in records for t in r["types"]))
+    free = sorted({(c, s, t) for c in said[0] for s in said[1] for t in said[2]} - seen)
     if len(free) < n: raise ValueError(f"unseen_prompts: n must be at most {len(free)}, got {n}")
-    order = torch.randperm(len(free), generator=torch.Generator().manual_seed(step_seed("unseen", seed)))[:n].tolist()
+    weight = torch.tensor([math.prod(count[w] for count, w in zip(said, k)) for k in free], dtype=torch.float64)
+    order = weight.multinomial(n, generator=torch.Generator().manual_seed(step_seed("unseen", seed))).tolist()
     source = records[0].get("source")
     say = lambda c, s, t: captions_from_facts(dict(colour=c, shape=s, types=[t], source=source))[0]
     return [Wanted(say(*free[i]), *free[i]) for i in order]
