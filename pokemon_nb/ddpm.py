@@ -410,7 +410,7 @@ class PokemonPipeline(DiffusionPipeline):
         upsampler_sigma:float=1.0,          # noise it starts from, pixel-std units
         upsampler_noise:float=.1,           # noise added to the small picture it is shown
         guidance:str="pair",                # how the guidance scale reaches `unet`, a key of `GUIDANCE`
-        guidance_interval:tuple[float, float]=(0., 1e9),  # noise levels at which a pair of calls guides
+        guidance_interval:tuple=(0., 1e9),  # lowest and highest of the noise levels at which a pair of calls guides
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, upsampler=upsampler)

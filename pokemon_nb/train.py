@@ -926,16 +926,17 @@ def train(
     device = pick_device(cfg.device.accelerator)
     precision = best_precision(device, cfg.device.precision)
     run, state = start_run(cfg)
-    try: root, encoder = prepare(cfg, run), TextEncoder(cfg.model.text_encoder)
+    d, t = cfg.data, cfg.training_params
+    try:
+        root, encoder = prepare(cfg, run), TextEncoder(cfg.model.text_encoder)
+        data = PokemonData(root, d.size, d.channels, t.batch_size, cfg.seed, d.augment, d.num_workers, d.recolour)
+        data.setup("fit")
+        texts = [embed_captions(speak(split), encoder, run / "cache") for split in (data.train_set, data.val_set)]
+        coats = embed_coats(data.train_set.records, encoder, run / "cache") if d.recolour else None
+        module = kind(cfg, *texts, open_dataset(root).source, coats)
     except Exception:
         if not state: forget_run(run)
         raise
-    d, t = cfg.data, cfg.training_params
-    data = PokemonData(root, d.size, d.channels, t.batch_size, cfg.seed, d.augment, d.num_workers, d.recolour)
-    data.setup("fit")
-    texts = [embed_captions(speak(split), encoder, run / "cache") for split in (data.train_set, data.val_set)]
-    coats = embed_coats(data.train_set.records, encoder, run / "cache") if d.recolour else None
-    module = kind(cfg, *texts, open_dataset(root).source, coats)
     env = environment(cfg, open_dataset(root).hash, device, precision)
     write_atomic(run / "environment.json", json.dumps(env, indent=1) + "\n")
     prompts = list(cfg.data.prompts) or [r["text"] for r in speak(data.val_set)[:36]]

@@ -173,10 +173,11 @@ def test_another_configuration_may_not_enter_a_run(tmp_path, small):
     assert state_of(run)["global_step"] == 10
 
 
-def test_going_on_equals_never_stopping(tmp_path, small):
-    whole = run_tiny(small, tmp_path / "whole", steps=30)
-    run_tiny(small, tmp_path / "parts", steps=10)
-    parts = run_tiny(small, tmp_path / "parts", steps=30)
+@pytest.mark.parametrize("extra", ["", "optimizer=muon training_params.lr=0.002"], ids=["adamw", "muon"])
+def test_going_on_equals_never_stopping(tmp_path, small, extra):
+    whole = run_tiny(small, tmp_path / "whole", 30, extra)
+    run_tiny(small, tmp_path / "parts", 10, extra)
+    parts = run_tiny(small, tmp_path / "parts", 30, extra)
     a, b = state_of(whole), state_of(parts)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
         assert_same(a[key], b[key], key)
@@ -203,6 +204,38 @@ def test_the_average_stays_outside_the_graph(tmp_path, small, monkeypatch):
     monkeypatch.setattr(chapter, "fit", lambda cfg, run, module, *a: (kept.append(module), fit(cfg, run, module, *a)))
     run_tiny(small, tmp_path / "run", steps=10)
     assert all(p.is_leaf and not p.requires_grad for p in kept[0].ema.parameters())
+
+
+def test_the_rate_falls_at_the_end(tmp_path, small):
+    run = run_tiny(small, tmp_path / "run", 20, "training_params.decay=0.5 training_params.warmup=2")
+    rates = [r["lr"] for r in read_metrics(run / "metrics.jsonl") if "lr" in r]
+    assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 1e-6], rel=0.21)
+
+
+def test_muon_moves_matrices_by_orthogonal_steps(small):
+    "Every update of a convolution inside the network has about equal singular values; the gradient has not."
+    from pokemon_nb.train import MuonAdamW, split_matrices
+    from pokemon_nb.unet import UNet
+
+    torch.manual_seed(0)
+    net = UNet(widths=(64,), depths=(1,))
+    matrices, others = split_matrices(net)
+    assert len(matrices) + len(others) == len(list(net.parameters()))
+    assert {id(p) for p in matrices} & {id(net.stem.weight), id(net.head.weight)} == set()
+    opt, before = MuonAdamW(matrices, others, 1e-3, (0.9, 0.99), 0.95, 0.0), [p.detach().clone() for p in matrices]
+    for p in net.parameters():
+        p.grad = torch.randn_like(p) * torch.logspace(0, -3, len(p)).view(-1, *[1] * (p.ndim - 1))
+    opt.step()
+    for old, p in zip(before, matrices):
+        spread = torch.linalg.svdvals(opt.flatten(old - p.detach()))
+        assert spread[0] / spread[len(spread) // 2] < 3
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(tmp_path, small):
+    run = run_tiny(small, tmp_path / "run", 10)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text("".join(line for line in text.splitlines(True) if "decay: 0.0" not in line))
+    assert state_of(run_tiny(small, run, 20))["global_step"] == 20
 
 
 def test_differences():
@@ -382,3 +415,67 @@ def test_a_build_without_captions_is_described_from_its_facts(tmp_path, capsys):
     before = dataset_hash(root)
     run_tiny(root, tmp_path / "run", 2)
     assert "described from the facts" in capsys.readouterr().out and dataset_hash(root) == before
+
+
+# second stages and students
+
+
+@pytest.fixture(scope="module")
+def first(small, tmp_path_factory):
+    return run_tiny(small, tmp_path_factory.mktemp("first") / "run", 10)
+
+
+def test_a_second_stage_holds_both_networks(small, first, tmp_path):
+    run = run_tiny(small, tmp_path / "run", 10, f"data.size=32 model.base={first}")
+    pipe = load_pipeline(run)
+    assert pipe.config.base_size == 16 and pipe("a cat", seed=1).images[0].size == (32, 32)
+    a, b = pipe.unet.state_dict(), load_pipeline(first).unet.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert "_name_or_path" not in (run / "checkpoint/upsampler/config.json").read_text()
+    again = run_tiny(small, tmp_path / "warm", 1, f"data.size=32 model.base={first} model.init={run}")
+    assert load_pipeline(again).upsampler.config.cond_channels == 5
+    for extra, says in (
+        ("data.size=16", "larger than the 16 px"),
+        ("data.size=32 diffusion.sigma_data=0.5", "mean the same"),
+        ("data.size=32 data.channels=3", "be as in model.base"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            run_tiny(small, tmp_path / "no", 1, f"{extra} model.base={first}")
+
+
+def test_what_a_second_stage_is_shown(small, first, tmp_path):
+    "The small picture arrives: with another hint the same noise becomes another picture, near the hint in colour."
+    pipe = load_pipeline(run_tiny(small, tmp_path / "run", 60, f"data.size=32 model.base={first}"))
+    noise = lambda x: torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    low = torch.stack([torch.full((4, 16, 16), v) for v in (-1.0, 0.9)])
+    large, calls = pipe.enlarge(low, 32, torch.zeros(2, 384), noise, lambda *a: None)
+    assert calls == 2 * pipe.config.upsampler_steps and large[1].mean() > large[0].mean() + 1
+
+
+def test_publish_exchanges_the_first_stage(small, first, tmp_path):
+    from pokemon_nb.train import publish
+
+    run = run_tiny(small, tmp_path / "run", 10, f"data.size=32 model.base={first}")
+    other = run_tiny(small, tmp_path / "other", 10, "seed=3 model.widths=[64,128] model.depths=[1,1]")
+    out = publish(run, tmp_path / "out", base=other, upsampler_steps=3, sigma_max=20.0)
+    pipe = load_pipeline(out)
+    assert len(pipe.unet.config.widths) == 2 and pipe.config.upsampler_steps == 3
+    assert pipe.scheduler.schedule.sigma_max == 20
+    big = run_tiny(small, tmp_path / "big", 1, "data.size=24")
+    with pytest.raises(ValueError, match="must draw 16 px"):
+        publish(run, tmp_path / "out", base=big)
+
+
+def test_a_student_is_its_teacher_at_scale_one_and_resumes(small, first, tmp_path):
+    from pokemon_nb.distillation import LitStudent, student_config
+
+    cfg = student_config(first, tmp_path / "student", steps=10)
+    student = load_pipeline(train(cfg, LitStudent))
+    assert student.config.guidance == "length"
+    one = dict(seed=1, num_inference_steps=4, output_type="pt")
+    assert student("a cat", guidance_scale=3.0, **one).nfe == 4
+    assert state_of(train(student_config(first, tmp_path / "student", steps=10), LitStudent))["global_step"] == 10
+    with pytest.raises(ValueError, match="is a student itself"):
+        train(student_config(tmp_path / "student", tmp_path / "grandchild", steps=1), LitStudent)
+    with pytest.raises(ValueError, match="config.yaml"):
+        student_config(tmp_path / "nowhere", tmp_path / "x")
