@@ -1079,6 +1079,7 @@ def publish(
     base:str|Path|None=None, # run or checkpoint whose first stage replaces the run's own; None = keep it
     data:str|Path|None=None, # captioned dataset folder: judge the copy on its test split, for the card; None = do not
     n:int=1000,              # pictures to judge
+    unseen:int=300,          # prompts of unseen combinations
     **changes                # other settings of pipeline or `NoiseProcess`: `upsampler_steps`, `sigma_max`, …
 )->Path:                     # `out`
     "Copy a run's checkpoint with float16 weights, with the run's metrics and, if asked, with figures and a grid."
@@ -1103,7 +1104,7 @@ def publish(
     save_checkpoint(pipe, out, name, metrics)
     if data:
         copied = load_pipeline(out, "cpu")                      # what is judged is what lies there
-        judged = plain(evaluate(out, data, n=n, device="cpu"))
+        judged = plain(evaluate(out, data, n=n, unseen=unseen, device="cpu"))
         judged["settings"] |= {"checkpoint": name, "nfe": copied(seed=0, output_type="pt").nfe}
         prompts = list(cfg.data.prompts) or [""]
         save_checkpoint(pipe, out, name, metrics | {"judged": judged}, png_bytes(sample_grid(copied, prompts, cell=96)))

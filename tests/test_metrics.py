@@ -208,3 +208,19 @@ def test_the_shipped_readers_do_what_their_card_says(tmp_path):
     import pokemon_nb
     card = (Path(pokemon_nb.__file__).parent / "weights/reader/README.md").read_text(encoding="utf-8")
     assert reader_card(load_reader(), root) == card
+
+
+def test_a_published_checkpoint_says_how_it_was_judged(zoo, tmp_path):
+    "Figures in the card are those of metrics.json; the grid and the number of calls are there."
+    from pokemon_nb.train import publish, resolve_config, train
+
+    tiny = ("model=tiny data.size=16 wandb=disabled training_params.val_every=5 diffusion_steps.num_inference_steps=2 "
+            "training_params.val_levels=2 training_params.grid_prompts=2")
+    run = train(resolve_config(str(zoo), 5, 8, 0, str(tmp_path/"run"), tiny))
+    out = publish(run, tmp_path/"shipped", data=zoo, n=16, unseen=16, steps=3, guidance=2.)
+    judged, card = json.loads((out/"metrics.json").read_text())["judged"], (out/"README.md").read_text()
+    value, low, high = judged["likeness"]["kid"]
+    assert f"{value:.3f} [{low:.3f}, {high:.3f}]" in card and "6 network calls a picture" in card
+    assert judged["settings"]["steps"] == 3 and str(tmp_path) not in card + (out/"metrics.json").read_text()
+    assert "![" in card and (out/"grid.png").read_bytes().startswith(b"\x89PNG")
+    assert "![" not in (run/"checkpoint/README.md").read_text()
