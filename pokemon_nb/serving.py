@@ -244,11 +244,13 @@ import math
 def _paint_handler(painter):
     "What the button calls: bad input becomes a message on the page, steps move the progress bar."
     import gradio as gr
+    later = painter.pipe.config.upsampler_steps if painter.pipe.upsampler else 0       # steps of a second stage
     def paint(prompt, n, seed, steps, guidance, progress=gr.Progress()):  # noqa: B008  gradio looks for this default
         progress(0, desc="waiting for the painter")
         try:
             done = painter(prompt, n=int(n), seed=None if seed is None else int(seed), steps=int(steps),
-                           guidance=float(guidance), on_step=lambda i: progress((i, int(steps)), desc="painting"))
+                           guidance=float(guidance),
+                           on_step=lambda i: progress((i, int(steps) + later), desc="painting"))
         except ValueError as e: raise gr.Error(str(e), title="Not painted", print_exception=False) from e
         s, many = done.seeds, len(done.seeds) > 1
         note = f"{len(s)} picture{'s'*many} in {done.seconds:.1f} s · seed {s[0]}{f' to {s[-1]}'*many}"
