@@ -182,23 +182,29 @@ class Guided:
         denoise:Callable,            # `denoise(x, sigma, text) -> x0`
         guidance_scale:float=1.0,    # 0 = unconditional, 1 = conditional, > 1 = exaggerate the words
         interval:tuple[float, float]=(0., math.inf),   # noise levels at which to guide; elsewhere the scale is 1
+        weak:Callable|None=None,     # a worse `denoise`, to be walked away from (autoguidance)
+        autoguidance:float=0.0,      # how far: multiples of the difference
     ):
         if not 0 <= guidance_scale <= 30:
             raise ValueError(f"guidance_scale must lie in [0,30], got {guidance_scale}")
         self.denoise, self.guidance_scale, self.interval = denoise, guidance_scale, interval
+        self.weak, self.autoguidance = weak, autoguidance
 
     def __call__(self,
         x:torch.Tensor,        # (B,C,H,W) noisy pictures
         sigma:float,           # noise level
         text:torch.Tensor,     # (B,D) sentence vectors
     )->torch.Tensor:           # (B,C,H,W) guided estimate of the clean pictures
-        "One network call for scale 0 and 1 and outside the interval, a batch of twice the size otherwise."
+        "One network call for scale 0 and 1 and outside the interval, else a batch of twice the size; and the weak one."
         low, high = self.interval
-        if self.guidance_scale == 1 or not low <= sigma <= high: return self.denoise(x, sigma, text)
-        null = torch.zeros_like(text)
-        if self.guidance_scale == 0: return self.denoise(x, sigma, null)
-        uncond, cond = self.denoise(torch.cat([x, x]), sigma, torch.cat([null, text])).chunk(2)
-        return uncond + self.guidance_scale * (cond - uncond)
+        if self.guidance_scale == 0: text = torch.zeros_like(text)
+        if self.guidance_scale in (0, 1) or not low <= sigma <= high:
+            cond = guided = self.denoise(x, sigma, text)
+        else:
+            uncond, cond = self.denoise(torch.cat([x, x]), sigma, torch.cat([torch.zeros_like(text), text])).chunk(2)
+            guided = uncond + self.guidance_scale * (cond - uncond)
+        if not self.autoguidance: return guided
+        return guided + self.autoguidance * (cond - self.weak(x, sigma, text))
 
 # %% ../nbs/04_ddpm.ipynb #a99c1b3c
 class GuidedByLength(Guided):
@@ -393,7 +399,7 @@ class PokemonOutput(BaseOutput):
 # %% ../nbs/04_ddpm.ipynb #dd62acfe
 class PokemonPipeline(DiffusionPipeline):
     "Text to picture: `pipe('a blue water pokemon with wings', seed=0).images[0]`."
-    model_cpu_offload_seq, _optional_components = "unet->upsampler", ["upsampler"]
+    model_cpu_offload_seq, _optional_components = "unet->weak->upsampler", ["upsampler", "weak"]
 
     def __init__(self,
         unet:UNet,                          # the network, usually with EMA weights
@@ -409,17 +415,25 @@ class PokemonPipeline(DiffusionPipeline):
         upsampler_steps:int=2,              # steps of the second stage, never guided
         upsampler_sigma:float=1.0,          # noise it starts from, pixel-std units
         upsampler_noise:float=.1,           # noise added to the small picture it is shown
+        weak:UNet|None=None,                # a worse first stage for autoguidance; None = without
+        autoguidance:float=0.,              # how far to walk away from it
         guidance:str="pair",                # how the guidance scale reaches `unet`, a key of `GUIDANCE`
         guidance_interval:tuple=(0., 1e9),  # lowest and highest of the noise levels at which a pair of calls guides
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, upsampler=upsampler)
+        self.register_modules(unet=unet, scheduler=scheduler, upsampler=upsampler, weak=weak)
         self.register_to_config(
             text_encoder_name=text_encoder_name, sample_size=sample_size, sampler=sampler,
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, training=training,
             base_size=base_size, upsampler_steps=upsampler_steps, upsampler_sigma=upsampler_sigma,
-            upsampler_noise=upsampler_noise, guidance=guidance, guidance_interval=guidance_interval)
+            upsampler_noise=upsampler_noise, guidance=guidance, guidance_interval=guidance_interval,
+            autoguidance=autoguidance)
         self._text_encoder = None
+
+    @property
+    def networks(self)->list[UNet]:
+        "All networks: first stage, weak one, second stage; what is not there is left out."
+        return [net for net in (self.unet, self.weak, self.upsampler) if net is not None]
 
     @property
     def text_encoder(self)->TextEncoder:
@@ -495,8 +509,9 @@ def __call__(self:PokemonPipeline,
     check_call(self, sampler, side, output_type)
     small = side * self.config.base_size // self.config.sample_size if self.upsampler else side
     sigmas = self.scheduler.schedule.sampling_sigmas(use["steps"])
-    count = CountCalls(Denoiser(self.unet, self.scheduler.precondition))
-    denoise = GUIDANCE[self.config.guidance](count, use["guidance_scale"], self.config.guidance_interval)
+    c, count = self.config, CountCalls(Denoiser(self.unet, self.scheduler.precondition))
+    weak = CountCalls(Denoiser(self.weak, self.scheduler.precondition)) if self.weak else None
+    denoise = GUIDANCE[c.guidance](count, use["guidance_scale"], c.guidance_interval, weak, c.autoguidance)
     text = self.encode_prompt(prompt, num_images_per_prompt) if prompt_embeds is None else prompt_embeds
     seeds = None
     if generator is None: generator, seeds = picture_generators(len(text), seed)
@@ -513,6 +528,7 @@ def __call__(self:PokemonPipeline,
             later = lambda i, *state: callback(i + len(sigmas) - 1, *state)
             x, calls = self.enlarge(x, side, text, noise, later)
             count.pictures += calls
+    if weak: count.pictures += weak.pictures
     images = x if output_type == "pt" else [from_tensor(i) for i in x.cpu()]
     return PokemonOutput(images, seeds, count.nfe(len(text))) if return_dict else (images,)
 
@@ -605,7 +621,7 @@ def load_pipeline(
         raise ValueError(f"checkpoint: {folder} cannot be loaded: weights and configuration do not fit together, or a "
                          f"file is damaged: {type(e).__name__}: {str(e)[:300]}") from e
     finally: diffusers_logging.enable_progress_bar()
-    for net in filter(None, (pipe.unet, pipe.upsampler)): net.eval().to(memory_format=torch.channels_last)
+    for net in pipe.networks: net.eval().to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(pick_device(device))
 
@@ -627,8 +643,7 @@ def describe(self:PokemonPipeline,
     folder:str|Path="",     # where it was loaded from
 )->str:                     # one line
     "What is used: weights, network, sampler, device."
-    count = lambda net: sum(p.numel() for p in net.parameters()) / 1e6 if net else 0
-    n, c = count(self.unet) + count(self.upsampler), self.config
+    n, c = sum(p.numel() for net in self.networks for p in net.parameters()) / 1e6, self.config
     stages = f"{c.base_size} -> {c.sample_size}" if self.upsampler else f"{c.sample_size}"
     kind = "RGBA" if self.unet.config.in_channels == 4 else "RGB"
     return (f"checkpoint {folder or 'in memory'} ({c.training or 'untrained'}) · {n:.1f} M parameters, "

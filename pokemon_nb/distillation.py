@@ -27,9 +27,11 @@ class LitStudent(LitDiffusion):
         teacher = load_pipeline(cfg.model.init, "cpu")
         if teacher.config.guidance != "pair":
             raise ValueError(f"LitStudent: model.init must be guided by pairs, {cfg.model.init} is a student itself")
-        # in a tuple, so that its weights are not part of the student's state
-        self.teacher = (Denoiser(teacher.unet.requires_grad_(False), teacher.scheduler.precondition),)
-        if cfg.device.compile: teacher.unet.compile()
+        nets = [teacher.unet] + ([load_pipeline(cfg.model.weak, "cpu").unet] if cfg.model.weak else [])
+        if cfg.device.compile:
+            for net in nets: net.compile()
+        # in a tuple, so that their weights are not part of the student's state
+        self.teachers = tuple(Denoiser(net.requires_grad_(False), teacher.scheduler.precondition) for net in nets)
 
     @torch.no_grad()
     def guided(self,
@@ -38,11 +40,13 @@ class LitStudent(LitDiffusion):
         text:torch.Tensor,     # (B,D) unit-length sentence vectors or zeros
         scale:torch.Tensor,    # (B,) guidance scales
     )->torch.Tensor:           # (B,C,H,W) in [-1,1], as a sampler would use it
-        "What the teacher answers in two calls."
-        self.teacher[0].to(x.device)
-        both = self.teacher[0](torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([torch.zeros_like(text), text]))
+        "What the teacher answers in two calls, and in a third one of the worse network."
+        good, *weak = (t.to(x.device) for t in self.teachers)
+        both = good(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([torch.zeros_like(text), text]))
         uncond, cond = both.chunk(2)
-        return (uncond + scale[:, None, None, None]*(cond - uncond)).clamp(-1, 1)
+        guided = uncond + scale[:, None, None, None]*(cond - uncond)
+        for worse in weak: guided = guided + self.cfg.model.autoguidance*(cond - worse(x, sigma, text))
+        return guided.clamp(-1, 1)
 
     def training_step(self, batch:dict, batch_idx:int)->torch.Tensor:
         "Squared difference to the guided answer over `c_out²`, as in `denoising_loss`."
@@ -74,6 +78,8 @@ def student_config(
     out:str|Path,          # run folder of the student
     steps:int=3000,        # optimizer steps
     lr:float=1e-3,         # learning rate; falls to zero over the second half
+    weak:str|Path="",      # run folder of a worse network for autoguidance; "" = without
+    autoguidance:float=1., # how far to walk away from it
 )->TrainConfig:            # the teacher's, but for these
     "How a student is trained."
     known = Path(teacher)/"config.yaml"
@@ -83,7 +89,7 @@ def student_config(
     root = Path(teacher)/"data" if (Path(teacher)/"data/dataset.json").is_file() else Path(cfg.data.source)
     return dataclasses.replace(
         cfg, out=str(out), training_params=params, data=dataclasses.replace(cfg.data, source=str(root)),
-        model=dataclasses.replace(cfg.model, init=str(teacher)))
+        model=dataclasses.replace(cfg.model, init=str(teacher), weak=str(weak), autoguidance=autoguidance))
 
 
 @call_parse
@@ -92,6 +98,8 @@ def pokemon_distill(
     out:str,              # run folder of the student; an interrupted run in it is resumed
     steps:int=3000,       # optimizer steps
     lr:float=1e-3,        # learning rate; falls to zero over the second half
+    weak:str="",          # run folder of a worse network for autoguidance; empty = without
+    autoguidance:float=1.,# how far to walk away from it
 ):
-    "Train a student that needs one call where guidance needs two."
-    with cli_errors(): print(train(student_config(teacher, out, steps, lr), LitStudent))
+    "Train a student that needs one call where guidance needs two or three."
+    with cli_errors(): print(train(student_config(teacher, out, steps, lr, weak, autoguidance), LitStudent))

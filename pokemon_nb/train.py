@@ -76,6 +76,8 @@ class ModelConfig:
     init:str = ""                              # checkpoint or run folder whose weights to start from; "" = random ones
     base:str = ""                              # run or checkpoint of a first stage: this network enlarges its pictures
     hint_noise:float = 0.5                     # most noise added to the small pictures in training, pixel-std units
+    weak:str = ""                              # distillation: run or checkpoint of a worse network, for autoguidance
+    autoguidance:float = 1.0                   # distillation: how far the teacher walks away from the worse network
 
     def __post_init__(self):
         require(self.hint_noise > 0, "model.hint_noise", "be positive", self.hint_noise)
@@ -750,11 +752,10 @@ def model_card(
     flat |= {f"first stage: {k}": v for k, v in metrics.get("first stage", {}).items()}
     rows = [f"| {k} | {v:.4f} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in flat.items()]
     c, judged = pipe.config, metrics.get("judged")
-    nets = [net for net in (pipe.unet, pipe.upsampler) if net is not None]
     return CARD.format(
         name=name, size=c.sample_size, mode="RGBA" if pipe.unet.config.in_channels == 4 else "RGB",
         rows="\n".join(rows),
-        million=sum(p.numel() for net in nets for p in net.parameters()) / 1e6, sampler=c.sampler,
+        million=sum(p.numel() for net in pipe.networks for p in net.parameters()) / 1e6, sampler=c.sampler,
         steps=c.num_inference_steps, guidance=c.guidance_scale, training=c.training or "untrained",
         grid="\n![What it draws for the prompts of the training configuration](grid.png)\n" if judged else "",
         judged=judged_tables(judged) if judged else "", rights=RIGHTS[metrics["data"]])
@@ -1077,6 +1078,7 @@ def publish(
     steps:int|None=None,     # default number of sampler steps
     guidance:float|None=None,# default guidance scale
     base:str|Path|None=None, # run or checkpoint whose first stage replaces the run's own; None = keep it
+    weak:str|Path|None=None, # run or checkpoint of a worse first stage for autoguidance, see `autoguidance`
     data:str|Path|None=None, # captioned dataset folder: judge the copy on its test split, for the card; None = do not
     n:int=1000,              # pictures to judge
     unseen:int=300,          # prompts of unseen combinations
@@ -1090,13 +1092,14 @@ def publish(
         other = first_stage(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, base=str(base))))
         if other.config.base_size != pipe.config.base_size:
             raise ValueError(f"base: {base} must draw {pipe.config.base_size} px, it draws {other.config.base_size}")
-        pipe.register_modules(unet=other.unet, scheduler=other.scheduler)
-        pipe.register_to_config(guidance=other.config.guidance)
+        pipe.register_modules(unet=other.unet, scheduler=other.scheduler, weak=other.weak)
+        pipe.register_to_config(guidance=other.config.guidance, autoguidance=other.config.autoguidance)
+    if weak: pipe.register_modules(weak=load_pipeline(weak, "cpu").unet)
     process = {k: v for k, v in pipe.scheduler.config.items() if k[0] != "_"}
-    refuse_unknown(set(changes), {*process, *pipe.config} - {"unet", "upsampler", "scheduler"}, "setting")
+    refuse_unknown(set(changes), {*process, *pipe.config} - {"unet", "upsampler", "weak", "scheduler"}, "setting")
     pipe.register_modules(scheduler=NoiseProcess(**process | {k: v for k, v in changes.items() if k in process}))
     pipe.register_to_config(**{k: v for k, v in changes.items() if k not in process})
-    for net in filter(None, (pipe.unet, pipe.upsampler)): net.half()
+    for net in pipe.networks: net.half()
     pipe.register_to_config(sampler=use["sampler"], num_inference_steps=use["steps"],
                             guidance_scale=use["guidance_scale"])
     metrics, name = json.loads((Path(run) / "checkpoint/metrics.json").read_text()), Path(out).name
