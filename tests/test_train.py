@@ -452,6 +452,20 @@ def test_what_a_second_stage_is_shown(small, first, tmp_path):
     assert calls == 2 * pipe.config.upsampler_steps and large[1].mean() > large[0].mean() + 1
 
 
+def test_autoguidance_costs_a_third_call(small, first, tmp_path):
+    "A weak network like the strong one changes nothing; another one does."
+    from pokemon_nb.train import publish
+
+    ask = dict(seed=1, num_inference_steps=3, guidance_scale=2.0, output_type="pt")
+    plain = load_pipeline(first)("a cat", **ask)
+    same, other = first, run_tiny(small, tmp_path / "other", 20, "seed=4")
+    auto = [
+        load_pipeline(publish(first, tmp_path / "out", weak=w, autoguidance=1.0))("a cat", **ask) for w in (same, other)
+    ]
+    assert (plain.nfe, auto[0].nfe) == (6, 9)
+    assert (plain.images - auto[0].images).abs().max() < 0.02 < (plain.images - auto[1].images).abs().max()
+
+
 def test_publish_exchanges_the_first_stage(small, first, tmp_path):
     from pokemon_nb.train import publish
 
@@ -475,6 +489,9 @@ def test_a_student_is_its_teacher_at_scale_one_and_resumes(small, first, tmp_pat
     one = dict(seed=1, num_inference_steps=4, output_type="pt")
     assert student("a cat", guidance_scale=3.0, **one).nfe == 4
     assert state_of(train(student_config(first, tmp_path / "student", steps=10), LitStudent))["global_step"] == 10
+    weak = run_tiny(small, tmp_path / "weak", 1, "seed=2 model.emb_dim=128")
+    other = load_pipeline(train(student_config(first, tmp_path / "auto", 10, weak=weak), LitStudent)).unet.state_dict()
+    assert any(not torch.equal(other[k], v) for k, v in student.unet.state_dict().items())
     with pytest.raises(ValueError, match="is a student itself"):
         train(student_config(tmp_path / "student", tmp_path / "grandchild", steps=1), LitStudent)
     with pytest.raises(ValueError, match="config.yaml"):
