@@ -418,7 +418,7 @@ class PokemonPipeline(DiffusionPipeline):
         weak:UNet|None=None,                # a worse first stage for autoguidance; None = without
         autoguidance:float=0.,              # how far to walk away from it
         guidance:str="pair",                # how the guidance scale reaches `unet`, a key of `GUIDANCE`
-        guidance_interval:tuple=(0., 1e9),  # lowest and highest of the noise levels at which a pair of calls guides
+        guidance_interval:list|tuple=(0., 1e9),  # lowest and highest noise level at which a pair of calls guides
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, upsampler=upsampler, weak=weak)
