@@ -1,0 +1,78 @@
+"""Quality against network calls: a curve for every sampler, and what the shipped setting gives up against many steps.
+
+    python benchmarks/sampling.py DATA --checkpoint FOLDER --out runs/sampling                 # the curves
+    python benchmarks/sampling.py DATA --checkpoint FOLDER --teacher FOLDER --out runs/sampling  # and the 50-step teacher
+
+DATA is a captioned dataset folder. Every point draws the same captions of the test split with the same seeds at the
+checkpoint's own guidance scale; KID and FD are against the test split, `calls` counts every call of every network.
+Points that are already in OUT/sampling.json are not drawn again.
+"""
+
+import json
+from pathlib import Path
+
+
+from fastcore.script import call_parse
+
+from pokemon_nb.data import write_atomic
+from pokemon_nb.ddpm import SAMPLERS, load_pipeline
+from pokemon_nb.metrics import Judge, copy_rate, draw, features, frechet_distance, jackknife, kid, load_reader, plain
+
+STEPS = (2, 3, 4, 5, 6, 8, 12, 16, 24)
+
+
+def point(pipe, judge: Judge, captions: list[str], **settings) -> dict:
+    "Draw one picture for each caption and measure."
+    x = draw(pipe, captions, **settings)
+    f, test = features(judge.net, x), judge.features["test"]
+    figures = {"kid": jackknife(kid, f, test), "fd": jackknife(frechet_distance, f, test, rounds=20)}
+    nfe = pipe(captions[0], seed=0, output_type="pt", **settings).nfe
+    return {"calls": nfe} | plain(figures | {"copy_rate": copy_rate(judge.detector, x)})
+
+
+def curves(rows: dict, file: Path):
+    "KID against calls, one line a sampler."
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(7, 3.5), layout="constrained")
+    ax = fig.subplots()
+    for sampler in SAMPLERS:
+        points = sorted((r["calls"], *r["kid"]) for k, r in rows.items() if k.startswith(f"{sampler} "))
+        if points:
+            calls, value, low, high = zip(*points)
+            (line,) = ax.plot(calls, value, "o-", ms=3, label=sampler)
+            ax.fill_between(calls, low, high, color=line.get_color(), alpha=0.12, lw=0)
+    if "teacher" in rows:
+        ax.axhline(rows["teacher"]["kid"][0], color="k", ls=":", label=f"teacher, {rows['teacher']['calls']:g} calls")
+    ax.set(xscale="log", xlabel="network calls a picture", ylabel="KID against the test split")
+    ax.legend(fontsize=8)
+    fig.savefig(file, dpi=110)
+
+
+@call_parse
+def main(
+    data: str,  # captioned dataset folder
+    checkpoint: str = "",  # checkpoint or run folder; empty = newest run, else shipped
+    teacher: str = "",  # checkpoint of the undistilled network: drawn in 50 steps
+    out: str = "runs/sampling",  # sampling.json and sampling.png
+    n: int = 1000,  # pictures a point
+):
+    "Draw what is missing, then print the table."
+    pipe, file = load_pipeline(checkpoint or None, "cpu"), Path(out) / "sampling.json"
+    judge = Judge(data, load_reader(), pipe.config.sample_size)
+    test = [r["text"] for r in judge.records["test"]]
+    captions = [test[i % len(test)] for i in range(n)]
+    rows = json.loads(file.read_text()) if file.exists() else {}
+    for sampler in SAMPLERS:
+        for steps in STEPS:
+            key = f"{sampler} {steps}"
+            if key not in rows and not (sampler == "heun" and steps > 8):
+                rows[key] = point(pipe, judge, captions, sampler=sampler, num_inference_steps=steps)
+                write_atomic(file, json.dumps(rows, indent=1) + "\n")
+    if teacher and "teacher" not in rows:
+        rows["teacher"] = point(load_pipeline(teacher, "cpu"), judge, captions, num_inference_steps=50)
+        write_atomic(file, json.dumps(rows, indent=1) + "\n")
+    curves(rows, file.with_suffix(".png"))
+    print("| sampler, steps | calls | KID | FD | copy rate |\n| --- | --- | --- | --- | --- |")
+    for key, r in rows.items():
+        print(f"| {key} | {r['calls']:g} | {r['kid'][0]:.4f} | {r['fd'][0]:.1f} | {r['copy_rate'][0]:.3f} |")
