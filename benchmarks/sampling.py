@@ -1,7 +1,7 @@
 """Quality against network calls: a curve for every sampler, and what the shipped setting gives up against many steps.
 
     python benchmarks/sampling.py DATA --checkpoint FOLDER --out runs/sampling                 # the curves
-    python benchmarks/sampling.py DATA --checkpoint FOLDER --teacher FOLDER --out runs/sampling  # and the 50-step teacher
+    python benchmarks/sampling.py DATA --checkpoint FOLDER --teacher FOLDER --out runs/sampling  # and 50 steps
 
 DATA is a captioned dataset folder. Every point draws the same captions of the test split with the same seeds at the
 checkpoint's own guidance scale; KID and FD are against the test split, `calls` counts every call of every network.
