@@ -16,7 +16,7 @@ from .train import LitDiffusion, TrainConfig
 
 class LitStudent(LitDiffusion):
     "Learns the guided answers of `model.init`, from which it also starts."
-    most_guidance = 5.    # guidance scales are drawn evenly from 0 to this
+    most_guidance = 6.    # guidance scales are drawn evenly from 0 to this
 
     def __init__(self,
         cfg:TrainConfig,    # `model.init` is the teacher
@@ -87,8 +87,10 @@ def student_config(
     cfg = typed_config(OmegaConf.load(known))
     params = dataclasses.replace(cfg.training_params, steps=steps, lr=lr, decay=.5, val_every=min(500, steps))
     root = Path(teacher)/"data" if (Path(teacher)/"data/dataset.json").is_file() else Path(cfg.data.source)
+    # a sampler with few steps visits high noise levels as often as low ones: so does the student
     return dataclasses.replace(
         cfg, out=str(out), training_params=params, data=dataclasses.replace(cfg.data, source=str(root)),
+        diffusion=dataclasses.replace(cfg.diffusion, p_mean=.2, p_std=1.8),
         model=dataclasses.replace(cfg.model, init=str(teacher), weak=str(weak), autoguidance=autoguidance))
 
 
