@@ -6,11 +6,11 @@
 __all__ = ['RIGHTS', 'CARD', 'JUDGED', 'refuse_unknown', 'require', 'DataConfig', 'ModelConfig', 'DiffusionConfig',
            'SamplerConfig', 'OptimizerConfig', 'TrainingParams', 'DeviceConfig', 'TrainConfig', 'data_overrides',
            'typed_config', 'resolve_config', 'stratified', 'pick_phrasings', 'coat_captions', 'embed_coats',
-           'ema_decay', 'LitDiffusion', 'first_stage', 'first_stage_metrics', 'differences', 'start_from', 'MuonAdamW',
-           'split_matrices', 'lr_factor', 'JSONLLogger', 'read_metrics', 'git_commit', 'environment', 'best_precision',
-           'model_card', 'judged_tables', 'save_checkpoint', 'sample_grid', 'Snapshot', 'speak', 'prepare', 'start_run',
-           'make_trainer', 'make_loggers', 'train', 'forget_run', 'fit', 'plot_metrics', 'finish', 'publish',
-           'pokemon_train']
+           'ema_decay', 'LitDiffusion', 'first_stage', 'first_stage_metrics', 'differences', 'start_from', 'orthogonal',
+           'MuonAdamW', 'split_matrices', 'lr_factor', 'JSONLLogger', 'read_metrics', 'git_commit', 'environment',
+           'best_precision', 'model_card', 'judged_tables', 'save_checkpoint', 'sample_grid', 'Snapshot', 'speak',
+           'prepare', 'start_run', 'make_trainer', 'make_loggers', 'train', 'forget_run', 'fit', 'plot_metrics',
+           'finish', 'publish', 'pokemon_train']
 
 # %% ../nbs/05_train.ipynb #2417678b
 import difflib
@@ -387,7 +387,7 @@ def first_stage(
     base, d, m = load_pipeline(cfg.model.base, "cpu"), cfg.data, cfg.model
     small, theirs = base.config.base_size or base.config.sample_size, base.scheduler.precondition
     ours = NoiseProcess(**asdict(cfg.diffusion)).precondition
-    require(d.size > small, "data.size", f"be larger than the {small} px of model.base {m.base}", d.size)
+    require(d.size >= small, "data.size", f"be at least the {small} px of model.base {m.base}", d.size)
     require(base.unet.config.in_channels == d.channels, "data.channels", "be as in model.base", d.channels)
     text = base.config.text_encoder_name
     require(text == m.text_encoder, "model.text_encoder", "be as in model.base", m.text_encoder)
@@ -471,8 +471,23 @@ def generator(self:LitDiffusion,
     return torch.Generator(self.device).manual_seed(step_seed(self.cfg.seed, what, step, self.global_rank))
 
 # %% ../nbs/05_train.ipynb #1dc1516f
+import math
+
+def orthogonal(
+    g:torch.Tensor,   # (O,I) any matrix
+    steps:int=5,      # Newton-Schulz iterations
+)->torch.Tensor:      # (O,I) with the same singular vectors, and all singular values between about 0.7 and 1.2
+    "The orthogonal matrix next to `g`, nearly: quintic Newton-Schulz iterations with Jordan's coefficients."
+    if g.shape[0] > g.shape[1]: return orthogonal(g.T, steps).T
+    x = g / g.norm().clamp_min(1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
 class MuonAdamW(torch.optim.Optimizer):
-    "torch's Muon for matrices and convolutions, torch's AdamW for all other parameters, as one optimizer."
+    "Muon for matrices and convolutions, torch's AdamW for all other parameters, as one optimizer."
     def __init__(self,
         matrices:list[torch.nn.Parameter],   # 2-D weights, and 4-D ones as (out, all the rest)
         others:list[torch.nn.Parameter],     # everything else
@@ -481,40 +496,31 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum:float,                      # Muon's
         weight_decay:float,                  # decoupled, of both
     ):
-        self.matrices = list(matrices)
-        flat = [torch.nn.Parameter(self.flatten(p.detach()), requires_grad=False) for p in self.matrices]
-        assert all(f.data_ptr() == p.data_ptr() for f, p in zip(flat, self.matrices))   # views, or nothing is learned
-        self.parts = {"muon": torch.optim.Muon(flat, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw"),
-                      "adamw": torch.optim.AdamW(others, lr, betas, weight_decay=weight_decay)}
-        super().__init__([dict(params=flat), dict(params=list(others))], dict(lr=lr))
-        self.param_groups = [g for part in self.parts.values() for g in part.param_groups]  # shared: schedulers set lr
+        super().__init__(list(matrices), dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.adamw = torch.optim.AdamW(others, lr, betas, weight_decay=weight_decay)
+        self.param_groups += self.adamw.param_groups
+        self.share()
 
-    @staticmethod
-    def flatten(
-        w:torch.Tensor,    # (O,I) or (O,I,h,w)
-    )->torch.Tensor:       # (O,all the rest); a view if a 4-D one lies channels-last
-        "A weight as a matrix."
-        return w if w.ndim == 2 else w.permute(0, 2, 3, 1).reshape(len(w), -1)
+    def share(self):
+        "One state and one list of groups for both, so that saving and schedulers see one optimizer."
+        self.adamw.state, self.adamw.param_groups = self.state, self.param_groups[1:]
+
+    def load_state_dict(self, state:dict):
+        super().load_state_dict(state)
+        self.share()
 
     @torch.no_grad()
     def step(self, closure=None):
         "One step of both."
         with torch.enable_grad(): loss = closure() if closure else None
-        for flat, p in zip(self.parts["muon"].param_groups[0]["params"], self.matrices):
-            flat.grad = None if p.grad is None else self.flatten(p.grad)
-        for part in self.parts.values(): part.step()
+        group = self.param_groups[0]
+        for p in (p for p in group["params"] if p.grad is not None):
+            mean = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+            update = orthogonal(p.grad.lerp(mean, group["momentum"]).flatten(1))          # Nesterov
+            size = .2 * math.sqrt(max(update.shape))
+            p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view_as(p), alpha=group["lr"] * size)
+        self.adamw.step()
         return loss
-
-    def zero_grad(self, set_to_none:bool=True):
-        "Forget the gradients of the weights themselves; the views borrow theirs."
-        for p in (*self.matrices, *self.parts["adamw"].param_groups[0]["params"]): p.grad = None
-
-    def state_dict(self)->dict:
-        return {k: part.state_dict() for k, part in self.parts.items()}
-
-    def load_state_dict(self, state:dict):
-        for k, part in self.parts.items(): part.load_state_dict(state[k])
-        self.param_groups = [g for part in self.parts.values() for g in part.param_groups]
 
 def split_matrices(
     net:torch.nn.Module,    # a UNet
