@@ -7,7 +7,7 @@ __all__ = ['READER_CARD', 'Figure', 'bootstrap', 'jackknife', 'colour_histogram'
            'Attributes', 'attributes', 'LitReader', 'make_reader', 'read_attributes', 'correct', 'save_reader',
            'load_reader', 'frechet_distance', 'kid', 'precision_recall', 'features', 'describe_form', 'CopyDetector',
            'copy_rate', 'Wanted', 'unseen_prompts', 'Judge', 'table', 'draw', 'evaluate', 'inception_features',
-           'reader_card', 'plain', 'pokemon_metrics']
+           'clip_score', 'reader_card', 'plain', 'pokemon_metrics']
 
 # %% ../nbs/04b_metrics.ipynb #8d62f4d7
 import math
@@ -552,10 +552,33 @@ def inception_features(
     from pokemon_nb.data import over
     try: from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ModuleNotFoundError as e:
-        raise ModuleNotFoundError(f"inception_features: {e.name} is missing; run: pip install torch-fidelity") from e
+        raise ModuleNotFoundError(
+        f"inception_features: {e.name} is missing; run: pip install 'pokemon_nb[inception]'") from e
     net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     byte = lambda x: ((over(x) + 1)*127.5).round().byte()
     return torch.cat([net(byte(x))[0].float().cpu() for x in x0.split(batch_size)])
+
+# %% ../nbs/04b_metrics.ipynb #c11p5c0e
+@torch.inference_mode()
+def clip_score(
+    x0:torch.Tensor,            # (N,4,S,S) or (N,3,S,S) in [-1,1]
+    prompts:Sequence[str],      # N texts: what each picture should show
+    folder:str|Path|None=None,  # a saved CLIP; None = openai/clip-vit-base-patch32 from the hub or its cache
+    batch_size:int=32,          # pictures at once
+)->torch.Tensor:                # (N,) in [0,100]: 100 times the cosine, negative ones count as 0
+    "CLIP score of each picture with its text (arXiv:2104.08718); raises ValueError unless there is one text each."
+    from transformers import CLIPModel
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+    from pokemon_nb.captioning import TextEncoder
+    from pokemon_nb.data import over
+    if len(prompts) != len(x0): raise ValueError(f"clip_score: prompts must be {len(x0)} texts, got {len(prompts)}")
+    words = TextEncoder("clip", folder=folder)
+    net = CLIPModel.from_pretrained(words.folder, local_files_only=True).eval()
+    side = net.config.vision_config.image_size
+    mean, std = (torch.tensor(v)[:, None, None] for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    see = lambda x: (F.interpolate((over(x.cpu()) + 1)/2, (side, side), mode="bicubic", antialias=True) - mean)/std
+    seen = torch.cat([net.get_image_features(see(x)).pooler_output for x in x0.split(batch_size)])
+    return 100*F.cosine_similarity(seen, words(list(prompts))).clamp_min(0)
 
 # %% ../nbs/04b_metrics.ipynb #870eafcc
 READER_CARD = """---
