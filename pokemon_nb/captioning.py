@@ -12,6 +12,11 @@ import unicodedata
 
 _BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
+def _is_text(ch):
+    # Cc: control characters such as NUL; Cs: half a surrogate pair, which no tokenizer or log file can encode;
+    # bidirectional overrides make a logged line read differently from what was asked (CVE-2021-42574)
+    return (unicodedata.category(ch) not in ("Cc", "Cs") or ch in "\t\n\r") and ch not in _BIDI_CONTROLS
+
 def check_prompt(
     prompt:str,        # what a person typed; "" asks for an unconditional picture
     max_len:int=1000,  # longest prompt accepted, in characters; the encoder reads 256 tokens, about as much
@@ -22,11 +27,14 @@ def check_prompt(
     if len(prompt) > max_len:
         raise ValueError(f"check_prompt: prompt must have at most {max_len} characters, got {len(prompt)}; shorten it")
     for i, ch in enumerate(prompt):
-        # Cc: control characters such as NUL; Cs: half a surrogate pair, which no tokenizer or log file can encode;
-        # bidirectional overrides make a logged line read differently from what was asked (CVE-2021-42574)
-        if (unicodedata.category(ch) in ("Cc", "Cs") and ch not in "\t\n\r") or ch in _BIDI_CONTROLS:
+        if not _is_text(ch):
             raise ValueError(f"check_prompt: prompt must be plain text, got {ch!r} at position {i}; remove it")
     return " ".join(unicodedata.normalize("NFC", prompt).split())
+
+def _plain_text(what, text, max_len=None):
+    "The same door for words that stand in files, where a fault is called by the name of its field."
+    try: return check_prompt(text, len(text) if max_len is None else max_len)
+    except ValueError as e: raise ValueError(str(e).replace("check_prompt: prompt", what)) from None
 
 # %% ../nbs/02_captioning.ipynb #96180e3c
 # body shape in PokéAPI's word -> (said after the noun, said after "that")
@@ -75,7 +83,7 @@ def _plain(s): return _join(*s.lower().replace("♀", " female").replace("♂", 
 def _word(record, key):
     v = record.get(key) or ""
     if not isinstance(v, str): raise ValueError(f"captions_from_facts: {key} must be a string, got {v!r}")
-    return _plain(v)
+    return _plain(_plain_text(f"captions_from_facts: {key}", v))
 
 def _size(record):
     h = record.get("height_m")
@@ -97,7 +105,7 @@ def _facts(record):
     if not f["shape"]: body = act = ""
     critter = record.get("source") == "critters"
     return f | dict(
-        types=" and ".join(_plain(t) for t in types), body=body, act=act, size=_size(record),
+        types=" and ".join(_word({"type": t}, "type") for t in types), body=body, act=act, size=_size(record),
         rank=next((w for w in ("baby", "legendary", "mythical") if record.get(w)), ""),
         place=_HABITAT_WORDS.get(f["habitat"], f"living near {f['habitat']}") if f["habitat"] else "",
         noun="creature" if critter else "pokemon", kind="critter" if critter else "creature")
@@ -263,6 +271,8 @@ def encode(self:TextEncoder,
     texts = [texts] if isinstance(texts, str) else list(texts)
     for t in texts:
         if not isinstance(t, str): raise ValueError(f"TextEncoder.encode: texts must be strings, got {t!r}")
+        if any("\ud800" <= ch <= "\udfff" for ch in t):
+            raise ValueError(f"TextEncoder.encode: texts must be whole characters, got half a surrogate pair in {t!r}")
     todo = sorted({t for t in texts if t.strip()}, key=lambda t: (len(t), t))
     row = {t: i for i, t in enumerate(todo)}
     starts = tqdm(range(0, len(todo), batch_size), desc="captions", unit="batch", disable=not progress)
@@ -343,14 +353,32 @@ class FactsCaptioner:
 # %% ../nbs/02_captioning.ipynb #f0e78753
 import csv
 
-def _own_words(row, line):
+def _csv_lines(path):
+    "Yield (number, row) of a CSV file; where one can not be read, the row is a ValueError."
+    lines, head, at = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), None, 0
+    while at < len(lines):
+        rest = (lines[k].decode(errors="surrogateescape") + "\n" for k in range(at, len(lines)))
+        reader = csv.reader(rest, strict=True)
+        try: cells, used = next(reader), reader.line_num
+        except csv.Error as e: cells, used = ValueError(f"must be CSV ({e})"), 1     # an open quote costs its line only
+        number, at = at + 1, at + used
+        if isinstance(cells, ValueError): yield number, cells
+        elif any("\udc80" <= ch <= "\udcff" for c in cells for ch in c): yield number, ValueError("must be UTF-8")
+        elif not cells: continue
+        elif head is None: head = cells
+        elif len(cells) > len(head): yield number, ValueError("has more cells than the head; a comma wants quotes")
+        else: yield number, dict(zip(head, cells))
+
+def _own_words(row):
     "`(file_name, captions)` of one row; ValueError with the reason."
+    if isinstance(row, ValueError): raise row
     if not isinstance(row, dict): raise ValueError("must be an object")
     name, captions = row.get("file_name"), row.get("captions") or [row.get("text")]
     if not isinstance(name, str) or not name: raise ValueError("file_name is missing")
+    _plain_text("file_name", name)
     if not isinstance(captions, list) or not all(isinstance(c, str) and c.strip() for c in captions):
         raise ValueError("text must be a sentence")
-    return name, [check_prompt(c) for c in captions]
+    return name, [_plain_text("text", c, 1000) for c in captions]
 
 class FileCaptioner:
     "Captions from a file."
@@ -358,14 +386,13 @@ class FileCaptioner:
     def __init__(self,
         path:str|Path,    # .csv, or JSON lines; file names as in the dataset, with or without the split in front
     ):
-        self.path, self.revision = Path(path), _file_sha256(path)[:12]
-        self.words, self.bad, self.used = {}, [], set()
-        lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
-        table = csv.DictReader(lines) if self.path.suffix.lower() == ".csv" else None
-        rows = ((table.line_num, r) for r in table) if table else ((n, x) for n, x in enumerate(lines, 1) if x.strip())
-        for n, row in rows:
+        from pokemon_nb.data import _json_lines
+        self.path, self.words, self.bad, self.used = Path(path), {}, [], set()
+        if not self.path.is_file(): raise FileNotFoundError(f"FileCaptioner: path must be a file, got {str(path)!r}")
+        self.revision = _file_sha256(path)[:12]
+        for n, row in (_csv_lines if self.path.suffix.lower() == ".csv" else _json_lines)(self.path):
             try:
-                name, captions = _own_words(row if table else json.loads(row), n)
+                name, captions = _own_words(row)
                 if name in self.words: raise ValueError(f"{name} has captions already")
                 self.words[name] = captions
             except ValueError as e: self.bad.append((n, str(e)))
@@ -449,7 +476,8 @@ def caption(self:Blip2Captioner,
     inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
     out = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
     if text: out = out[:, inputs["input_ids"].shape[1]:]                     # the prompt is no part of the caption
-    said = (" ".join(t.split()).lower() for t in self.processor.batch_decode(out, skip_special_tokens=True))
+    said = self.processor.batch_decode(out, skip_special_tokens=True)
+    said = (" ".join("".join(filter(_is_text, t)).split()).lower() for t in said)
     return [[t] if t else None for t in said]
 
 CAPTIONERS = dict(facts=FactsCaptioner, blip2=Blip2Captioner, file=FileCaptioner)
@@ -488,7 +516,15 @@ def _has_own_words(record):
     if text is not None and not isinstance(text, str): raise ValueError(f"text must be a string, got {text!r}")
     if captions is not None and not (isinstance(captions, list) and all(isinstance(c, str) for c in captions)):
         raise ValueError(f"captions must be a list of strings, got {captions!r}")
-    return bool(text) and (not record.get("captioner") or text not in (captions or ()))
+    own = bool((text or "").strip()) and (not record.get("captioner") or text not in (captions or ()))
+    for sentence in [text, *(captions or ())] if own else ():      # of any length: the encoder says what it leaves out
+        if not _plain_text("text", sentence): raise ValueError("captions must be sentences, got an empty one")
+    return own
+
+def _said_already(record, captioner):
+    "Are the row's words those of this very captioner?"
+    origin = [getattr(captioner, a) for a in ("name", "revision", "prompt")]
+    return [record.get(k) for k in _ORIGIN] == origin and bool(record.get("text")) and not _has_own_words(record)
 
 def _with_captions(record, captions, captioner, mix=False):
     "The record with new captions and their origin; equal ones (but for case) are said once."
@@ -512,14 +548,13 @@ class _Journal:
     def __init__(self, path, captioner):
         self.path, self.answers = Path(path), {}
         head = {k: getattr(captioner, a) for k, a in zip(_ORIGIN, ("name", "revision", "prompt"))}
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else ():
-            try: kept.append(json.loads(line))
-            except json.JSONDecodeError: print(f"{self.path}: a line that a kill cut off is dropped")
+        from pokemon_nb.data import _json_lines, write_atomic
+        rows = [row for _, row in _json_lines(self.path)] if self.path.is_file() else []
+        kept = [row for row in rows if not isinstance(row, ValueError)]
+        if len(kept) < len(rows): print(f"{self.path}: a line that a kill cut off is dropped")
         if kept and kept[0] != head: print(f"{self.path}: of another model or prompt, begun anew")
         kept = kept[1:] if kept and kept[0] == head else []
         self.answers = {r["sha256"]: r["captions"] for r in kept}
-        from pokemon_nb.data import write_atomic
         rows = [head, *({"sha256": k, "captions": v} for k, v in self.answers.items())]
         write_atomic(self.path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
@@ -560,8 +595,8 @@ def caption_dataset(
     root, captioner = Path(root), captioner or FactsCaptioner()
     rows = {s: read_metadata(root, s) for s in SPLITS}
     paths = [root/s/r["file_name"] for s in SPLITS for r in rows[s]
-             if captioner.looks and (overwrite or not _has_own_words(r))]
-    seen = _look_and_say(root, paths, captioner, batch_size) if captioner.looks else {}
+             if captioner.looks and (overwrite or not _has_own_words(r)) and not _said_already(r, captioner)]
+    seen = _look_and_say(root, paths, captioner, batch_size) if paths else {}
     done = {s: [] for s in SPLITS}
     for split in SPLITS:
         for line, record in enumerate(rows[split], 1):
@@ -581,8 +616,7 @@ def caption_dataset(
 def _decide(record, split, root, captioner, seen, mix, overwrite):
     "What becomes of one row."
     if _has_own_words(record) and not overwrite: return caption_record(record)
-    origin = [getattr(captioner, a) for a in ("name", "revision", "prompt")]
-    if [record.get(k) for k in _ORIGIN] == origin and (captioner.looks or mix): return record     # said already
+    if _said_already(record, captioner) and (captioner.looks or mix): return record
     said = seen[root/split/record["file_name"]] if captioner.looks else \
         captioner.caption([record | {"split": split}], [None])[0]
     return _with_captions(record, said, captioner, mix) if said else record
@@ -607,11 +641,12 @@ def caption_quality(
     records:Sequence[dict],    # captioned records
 )->dict[str,dict]:             # "all", "phrasing 1", ... -> captions, words, vocabulary, distinct, shares mentioned
     "Length, vocabulary, repetition, and the share of known attributes that are mentioned."
-    most = max(len(r["captions"]) for r in records)
+    most = max((len(r.get("captions") or ()) for r in records), default=0)
+    if not most: raise ValueError("caption_quality: records must hold captions, got none; run: pokemon_caption DATA")
     views = {"all": lambda c: c} | {f"phrasing {k + 1}": lambda c, k=k: c[k:k + 1] for k in range(most)}
     out = {}
     for name, view in views.items():
-        chosen = [(r, view(r["captions"])) for r in records if view(r["captions"])]
+        chosen = [(r, view(r["captions"])) for r in records if view(r.get("captions") or ())]
         said, found = [c for _, cs in chosen for c in cs], [_mentions(r, cs) for r, cs in chosen]
         share = {k: sum(f[k] for f in found if k in f)/n for k in _ATTRIBUTES if (n := sum(k in f for f in found))}
         out[name] = dict(captions=len(said), words=sum(len(c.split()) for c in said)/len(said),

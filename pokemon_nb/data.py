@@ -761,8 +761,12 @@ def read(cls:Pokedex,
 )->Pokedex:             # validated
     "Read and check the facts; every refusal names the file, the line and the value."
     path, rows, fail = Path(path), {}, lambda n, why: ValueError(f"Pokedex.read: {path} line {n}: {why}")
-    with open(path, encoding="utf-8-sig", newline="") as f:
-        table = csv.DictReader(f)
+    content = path.read_bytes()
+    try: table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+    except UnicodeDecodeError as e:
+        line = content.count(b"\n", 0, e.start) + 1
+        raise fail(line, f"must be UTF-8, got the byte {content[e.start]:#04x}") from None
+    try:
         if missing := [c for c in _COLUMNS if c not in (table.fieldnames or ())]:
             raise fail(1, f"the header must have the columns {', '.join(_COLUMNS)}; missing: {', '.join(missing)}")
         for raw in table:
@@ -771,6 +775,7 @@ def read(cls:Pokedex,
             except ValueError as e: raise fail(table.line_num, e) from None
             if row["id"] in rows: raise fail(table.line_num, f"id must be unique, got {row['id']} again")
             rows[row["id"]] = row | dict(line=table.line_num)
+    except csv.Error as e: raise fail(table.reader.line_num, f"must be CSV ({e})") from None
     if not rows: raise ValueError(f"Pokedex.read: {path} must have at least one row, got none")
     for row in rows.values():
         seen, root = set(), row
@@ -864,16 +869,31 @@ def _pokemon_items(source:Path):
     return [(dict(file_name=n, source="pokemon", **r), images[n]) for n, r in records.items()]
 
 # %% ../nbs/01_data.ipynb #45e78f90
+def _json_lines(path:Path)->Iterator[tuple[int, object]]:
+    "Yield (number, value) of the lines of a JSON lines file; where one can not be read, the value is a ValueError."
+    # only a line feed ends a line: str.splitlines would cut a sentence at U+2028, which JSON allows inside of a string
+    for n, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not raw.strip(): continue
+        seen = raw.decode(errors="replace")[:60]
+        fail = lambda why, seen=seen: ValueError(f"must be one JSON object, got {seen!r} ({why})")
+        try:
+            value = json.loads(raw.decode())
+            json.dumps(value, ensure_ascii=False).encode()         # what can not be written again must not come in
+        except UnicodeDecodeError as e: value = fail(f"byte {e.object[e.start]:#04x} is not UTF-8")
+        except UnicodeEncodeError: value = fail("half of a surrogate pair is no character")
+        except RecursionError: value = fail("nested too deep")
+        except ValueError as e: value = fail(getattr(e, "msg", e))
+        yield n, value
+
 def _read_jsonl(path:Path)->list[dict]:
     "Rows of a metadata.jsonl; a bad line is named with its number."
     rows, seen = [], {}
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip(): continue
+    for n, row in _json_lines(path):
         def fail(why, n=n): return ValueError(f"read_metadata: {path} line {n}: {why}")
-        try: row = json.loads(line)
-        except json.JSONDecodeError as e: raise fail(f"must be one JSON object, got {line[:60]!r} ({e.msg})") from None
+        if isinstance(row, ValueError): raise fail(row)
         name = row.get("file_name") if isinstance(row, dict) else None
-        if not isinstance(name, str) or not name: raise fail(f"must be an object with a file_name, got {line[:60]!r}")
+        if not isinstance(name, str) or not name:
+            raise fail(f"must be an object with a file_name, got {str(row)[:60]!r}")
         if name in seen: raise fail(f"file_name must be unique, got {name!r} again (line {seen[name]})")
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise fail(f"file_name must stay inside the folder, got {name!r}")

@@ -361,7 +361,82 @@ def test_a_caption_file_with_bad_lines(root, tmp_path):
     assert done.returncode == 2 and "--captions FILE" in done.stderr
 
 
+@pytest.mark.parametrize("name, content, words, bad", [
+    ("c.jsonl", '{"file_name": "a.png", "text": "one\u2028two"}\n', {"a.png": ["one two"]}, []),
+    ("c.jsonl", b'\xef\xbb\xbf{"file_name": "a.png", "text": "caf\xe9"}\r\n', {}, [(1, "0xe9 is not UTF-8")]),
+    ("c.jsonl", "["*100_000 + "\n7\nNaN\n", {}, [(1, "nested too deep"), (2, "an object"), (3, "an object")]),
+    ("c.jsonl", '{"file_name": "a.png", "text": "x \\ud83d"}\n', {}, [(1, "half of a surrogate pair")]),
+    ("c.jsonl", '{"file_name": "a\\u0000.png", "text": "x"}\n', {}, [(1, "file_name must be plain text")]),
+    ("c.jsonl", '{"file_name": "a.png", "text": "\\u202egnp"}\n', {}, [(1, "text must be plain text")]),
+    ("c.jsonl", json.dumps(dict(file_name="a.png", text="x"*10_000)) + "\n", {}, [(1, "at most 1000 characters")]),
+    ("c.jsonl", '{"file_name": "a.png", "text": "🔥 אדום"}\n', {"a.png": ["🔥 אדום"]}, []),
+    ("c.csv", 'file_name,text\na.png,"two\nlines"\n', {"a.png": ["two lines"]}, []),
+    ("c.csv", "file_name,text\na.png,a frog, green\n", {}, [(2, "a comma wants quotes")]),
+    ("c.csv", 'file_name,text\na.png,"open\nc.png,ok\n', {"c.png": ["ok"]}, [(2, "must be CSV")]),
+    ("c.csv", "file_name,text\na.png," + "x"*200_000 + "\n", {}, [(2, "must be CSV")]),
+    ("c.csv", b"file_name,text\na.png,caf\xe9\nc.png,ok\n", {"c.png": ["ok"]}, [(2, "must be UTF-8")]),
+])
+def test_one_bad_line_costs_nothing_else(tmp_path, name, content, words, bad):
+    good = dict(jsonl='{"file_name": "b.png", "text": "a toad"}\n', csv="b.png,a toad\n")[name.split(".")[1]]
+    (tmp_path/name).write_bytes((content if isinstance(content, bytes) else content.encode()) + good.encode())
+    read = FileCaptioner(tmp_path/name)
+    assert read.words == words | {"b.png": ["a toad"]}
+    assert [n for n, _ in read.bad] == [n for n, _ in bad], read.bad
+    assert all(why in told for (_, why), (_, told) in zip(bad, read.bad)), read.bad
+    with pytest.raises(FileNotFoundError, match="path must be a file"): FileCaptioner(tmp_path)
+
+
+def set_row(root, split="val", **facts):
+    "Other facts for the first row of a split, as a person with an editor would write them."
+    rows = read_metadata(root, split)
+    (root/split/"metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [rows[0] | facts, *rows[1:]]))
+
+
+@pytest.mark.parametrize("facts, says", [
+    (dict(text="a\0b"), "text must be plain text"), (dict(name="a\0b"), "name must be plain text"),
+    (dict(genus="\u202egnp"), "genus must be plain text"), (dict(types=["fire\x1b[31m"]), "type must be plain text"),
+    (dict(text="a", captions=["a", " "]), "captions must be sentences"), (dict(text="a\ud83d"), "surrogate pair"),
+    (dict(habitat="a\ud83d"), "surrogate pair")])
+def test_hostile_words_of_a_dataset_are_refused_before_anything_is_written(root, facts, says):
+    set_row(root, **facts)
+    before = dataset_hash(root)
+    with pytest.raises(ValueError, match=f"val.metadata.jsonl line 1.*{says}"): caption_dataset(root)
+    assert dataset_hash(root) == before
+
+
+def test_odd_words_of_a_dataset_are_kept_and_can_be_read_again(root, encoder):
+    own = {"train": "one\u2028two", "val": "x"*10_000, "test": "🔥 אדום"}
+    for split, text in own.items(): set_row(root, split, text=text)
+    for _ in range(2): caption_dataset(root)
+    rows = {s: read_metadata(root, s) for s in own}
+    assert {s: r[0]["text"] for s, r in rows.items()} == own
+    set_row(root, text=" ")                                                     # a blank is no word: the facts speak
+    caption_dataset(root)
+    assert read_metadata(root, "val")[0]["captioner"] == "facts"
+    with pytest.raises(ValueError, match="half a surrogate pair"): encoder("a\ud83d")
+
+
+@pytest.mark.slow
+def test_a_model_is_not_asked_again_for_what_it_has_said(root, blip2):
+    who = Blip2Captioner(blip2, max_new_tokens=4)
+    caption_dataset(root, who, batch_size=16)
+    done, ask, asked = dataset_hash(root), who.caption, []
+    who.caption = lambda records, images: (asked.append(len(images)), ask(records, images))[1]
+    caption_dataset(root, who)
+    assert dataset_hash(root) == done and not asked
+    set_row(root, text="my own frog")
+    caption_dataset(root, who)
+    assert not asked and read_metadata(root, "val")[0]["captions"] == ["my own frog"]
+    caption_dataset(root, who, overwrite=True)
+    assert sum(asked) == 1 and dataset_hash(root) == done
+
+
 # quality
+
+def test_quality_of_nothing_is_refused(built):
+    for rows in ([], read_metadata(built, "val")):
+        with pytest.raises(ValueError, match="records must hold captions, got none"): caption_quality(rows)
+
 
 def test_quality_counts_what_is_mentioned():
     rows = [dict(colour="red", shape="wings", types=["fire"], captions=["a red fire bird", "it flies with two wings"]),

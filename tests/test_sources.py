@@ -73,6 +73,10 @@ def test_bad_pokedex_files(tmp_path):
     text = write_pokedex(tmp_path, [{}]).read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="line 3: the row must have one cell"):
         Pokedex.read(write_atomic(tmp_path/"b.csv", text + "2,Halfling\n"))
+    with pytest.raises(ValueError, match="d.csv line 2: must be UTF-8, got the byte 0xe9"):
+        Pokedex.read(write_atomic(tmp_path/"d.csv", text.encode().replace(b"Leafling", b"Leafl\xe9")))
+    with pytest.raises(ValueError, match="c.csv line 2: must be CSV"):
+        Pokedex.read(write_atomic(tmp_path/"c.csv", text.replace("Leafling", "x"*200_000)))
 
 
 def test_pairs_are_checked_both_ways(zoo, tmp_path):
@@ -137,6 +141,22 @@ def test_any_folder_with_metadata_and_splits(tmp_path):
     write_atomic(meta, meta.read_text().replace("val-fam", "train-fam"))
     with pytest.raises(ValueError, match="family must stay in one split, got 'train-fam' in train and val"):
         build_dataset(tmp_path/"mine", tmp_path/"other")
+
+
+def test_metadata_of_strangers(tmp_path):
+    "A line separator inside of a sentence is text; what JSON, UTF-8 or Python can not carry is named by its line."
+    pictures(tmp_path/"mine", [f"{k}.png" for k in range(40)])
+    meta, rows = tmp_path/"mine"/"metadata.jsonl", [dict(file_name=f"{k}.png", text="one\u2028two") for k in range(40)]
+    write_atomic(meta, "\ufeff" + "".join(json.dumps(r, ensure_ascii=False) + "\r\n" for r in rows))
+    out = build_dataset(tmp_path/"mine", tmp_path/"data")
+    assert {r["text"] for s in SPLITS for r in read_metadata(out, s)} == {"one\u2028two"}
+    for bad, why in ((b'{"file_name": "0.png", "text": "\xe9"}', "byte 0xe9 is not UTF-8"),
+                     (b"["*100_000, "nested too deep"),
+                     (b'{"file_name": "0.png", "text": "\\ud83d"}', "half of a surrogate pair"),
+                     (b"1"*5000, "must be one JSON object")):
+        write_atomic(meta, b"\n" + bad)
+        with pytest.raises(ValueError, match=f"metadata.jsonl line 2: .*{why}"):
+            build_dataset(tmp_path/"mine", tmp_path/"other")
 
 
 def test_tiny_and_clashing_folders_say_what_to_do(tmp_path):
