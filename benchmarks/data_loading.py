@@ -4,8 +4,8 @@
     python benchmarks/data_loading.py --part ratio         # loader images/s over training images/s
     python benchmarks/data_loading.py --part million       # 1,000,000 pictures streamed, memory printed on the way
 
-Ratio: one training step is forward, backward and an AdamW update of the `model=base` network in bf16, as in
-train_throughput.py. Training steps and loader windows alternate, so that a busy moment of the machine hits everybody;
+Ratio: one training step is forward, backward and an AdamW update of the `model=base` network in the number format that
+training chooses on this machine (bf16 where the processor multiplies it, else float32). Training steps and loader windows alternate, so that a busy moment of the machine hits everybody;
 figures are medians of `rounds` windows. A window of a loader with workers is measured after its queue has been emptied,
 so what was made while nobody asked does not count. Loaders make what training eats: float tensors (B,4,64,64) in
 [-1,1], augmented. `memory` is PokemonData, what training uses by default; the others stream parquet shards.
@@ -29,6 +29,7 @@ from train_throughput import Runner, call_ours
 
 from pokemon_nb.data import PokemonData, build_dataset
 from pokemon_nb.shards import ShardData, StreamedDataset, write_shards
+from pokemon_nb.train import best_precision
 from pokemon_nb.unet import UNet
 
 DEMANDED = 10  # loader images/s over training images/s, for what training uses by default
@@ -67,7 +68,7 @@ def ratio(folder: Path, batches, rounds: int, window: int) -> bool:
     shards = write_shards(root, folder / "shards", per_shard=200)
     enough = True
     for b in batches:
-        train = Runner("pokemon_nb bf16 (default)", UNet(), call_ours, bf16=True)
+        train = Runner("pokemon_nb (default)", UNet(), call_ours, bf16=best_precision("cpu") == "bf16-mixed")
         loaders = [Loader("memory, 0 workers (default)", PokemonData(root, batch_size=b), b)]
         loaders += [
             Loader(f"shards, {w} worker{'s' * (w != 1)}, {t} thread{'s' * (t != 1)}", data, b)
@@ -83,7 +84,7 @@ def ratio(folder: Path, batches, rounds: int, window: int) -> bool:
             for x in loaders:
                 speed[x.name].append(x.window(window))
         base = b / statistics.median(steps)
-        print(f"\nbatch {b}: training {base:.1f} img/s ({b / max(steps):.1f}-{b / min(steps):.1f})")
+        print(f"\nbatch {b}, {'bf16' if train.bf16 else 'float32'}: training {base:.1f} img/s ({b / max(steps):.1f}-{b / min(steps):.1f})")
         print(f"{'loader':<34}{'img/s':>9}{'min-max':>16}{'/ training':>12}")
         for x in loaders:
             v = speed[x.name]
