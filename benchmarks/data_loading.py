@@ -5,10 +5,11 @@
     python benchmarks/data_loading.py --part million       # 1,000,000 pictures streamed, memory printed on the way
 
 Ratio: one training step is forward, backward and an AdamW update of the `model=base` network in the number format that
-training chooses on this machine (bf16 where the processor multiplies it, else float32). Training steps and loader windows alternate, so that a busy moment of the machine hits everybody;
-figures are medians of `rounds` windows. A window of a loader with workers is measured after its queue has been emptied,
-so what was made while nobody asked does not count. Loaders make what training eats: float tensors (B,4,64,64) in
-[-1,1], augmented. `memory` is PokemonData, what training uses by default; the others stream parquet shards.
+training chooses on this machine (bf16 where the processor multiplies it, else float32). Training steps and loader
+windows alternate, so that a busy moment of the machine hits everybody; figures are medians of `rounds` windows. A
+window of a loader with workers is measured after its queue has been emptied, so what was made while nobody asked does
+not count. Loaders make what training eats: float tensors (B,4,64,64) in [-1,1], augmented. `memory` is PokemonData,
+what training uses by default; the others stream parquet shards.
 
 Million: 1,000 shard files of 1,000 pictures (hard links to four different files, so the disk holds four), every picture
 decoded to a tensor and batched. Exit code 1 when the ratio of `memory` is below 10, a picture is missed, or the memory
@@ -84,7 +85,8 @@ def ratio(folder: Path, batches, rounds: int, window: int) -> bool:
             for x in loaders:
                 speed[x.name].append(x.window(window))
         base = b / statistics.median(steps)
-        print(f"\nbatch {b}, {'bf16' if train.bf16 else 'float32'}: training {base:.1f} img/s ({b / max(steps):.1f}-{b / min(steps):.1f})")
+        kind = "bf16" if train.bf16 else "float32"
+        print(f"\nbatch {b}, {kind}: training {base:.1f} img/s ({b / max(steps):.1f}-{b / min(steps):.1f})")
         print(f"{'loader':<34}{'img/s':>9}{'min-max':>16}{'/ training':>12}")
         for x in loaders:
             v = speed[x.name]
