@@ -10,7 +10,7 @@ import csv, hashlib, io, json, math, os, re, struct
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from fastcore.script import Param, call_parse, store_true
@@ -18,8 +18,8 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from pokemon_nb.data import (
-    COLOURS, PAINT_RGB, SHAPES, SPLITS, TYPES, _COLUMNS, _images_under, build_dataset, cli_errors, cut_matte,
-    dataset_hash, decode_rgba, image_grid, needs_matte, open_dataset, write_atomic,
+    COLOURS, PAINT_RGB, SHAPES, SPLITS, TYPES, _COLUMNS, _images_under, _Refused, _tree_faults, build_dataset,
+    cli_errors, cut_matte, dataset_hash, decode_rgba, image_grid, needs_matte, open_dataset, write_atomic,
 )
 
 # %% ../nbs/01b_checks.ipynb #226e186d
@@ -42,6 +42,9 @@ CHECKS = {  # kind: (severity, what to do)
     "bad caption": ("error", "run pokemon_caption, or write a caption"),
     "missing caption": ("warning", "run pokemon_caption"),
     "caption against facts": ("warning", "correct the caption or the fact"),
+    "unsafe link": ("error", "put a copy of the file there, or remove the link; it was not opened"),
+    "not a file": ("error", "remove it: data are files in folders"),
+    "unusable picture": ("error", "convert it: one frame, at most 64 megapixels, of a kind that is read"),
     "not an image": ("error", "replace the file by a picture or remove it with its row"),
     "truncated image": ("error", "download it again or remove it with its row"),
     "corrupt image": ("error", "download it again or remove it with its row"),
@@ -80,6 +83,7 @@ class _Part:
     rows: list = field(default_factory=list)      # (line, record) with a file_name, one per name
     images: dict = field(default_factory=dict)    # name -> path
     unread: str = ""        # text of the lines that could not be read
+    closed: set = field(default_factory=set)      # names of files and folders that must not be opened
     found: list = field(default_factory=list)
 
     def add(self, kind, file, detail, row=0): self.found.append(_finding(kind, self.split, file, detail, row))
@@ -156,8 +160,22 @@ def _read_pokedex(part:_Part):
             part.add("bad value", r["file_name"], f"evolves_from {up!r} is not an id of the table", line)
 
 # %% ../nbs/01b_checks.ipynb #f82bfea2
-def _read_part(split, folder, table, read):
-    part = _Part(split, folder, table if (folder/table).is_file() else "", images=_images_under(folder))
+def _faults_of_tree(root:Path)->dict[Path, tuple[str, str]]:
+    "What must not be opened below `root`: path -> (kind, detail); a link into DVC's cache is the data's own."
+    ours = lambda p: re.search(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$", os.path.realpath(p)) and p.is_file()
+    return {p: (kind, why) for p, kind, why in _tree_faults(root) if kind != "unsafe link" or not ours(p)}
+
+def _is_closed(closed, name): return any(str(p) in closed for p in (PurePosixPath(name), *PurePosixPath(name).parents))
+
+def _read_part(split, folder, table, read, faults):
+    part = _Part(split, folder)
+    for path, why in faults.items():
+        if path == folder or folder in path.parents:
+            part.closed.add(name := path.relative_to(folder).as_posix())
+            part.add(why[0], "" if name == "." else name, why[1])
+    if "." in part.closed: return part
+    part.images = {n: p for n, p in _images_under(folder).items() if not _is_closed(part.closed, n)}
+    if (folder/table).is_file() and table not in part.closed: part.table = table
     try: part.table and read(part)
     except (OSError, csv.Error) as e: part.add("bad row", part.table, f"can not be read: {e}")
     return part
@@ -167,25 +185,29 @@ def _parts(root:Path)->list[_Part]:
     if not root.is_dir():
         raise FileNotFoundError(f"check_dataset: root must be a folder, got {str(root)!r}, which does not exist; "
                                 "name a dataset folder or a folder of pictures")
+    faults = _faults_of_tree(root)
     splits, built = [s for s in SPLITS if (root/s).is_dir()], (root/"dataset.json").is_file()
     if splits or built:
-        parts = [_read_part(s, root/s, "metadata.jsonl", _read_rows) for s in splits]
+        parts = [_read_part(s, root/s, "metadata.jsonl", _read_rows, faults) for s in splits]
         for p in parts:
-            if built and not p.table: p.add("missing split", "metadata.jsonl", "the split has no metadata.jsonl")
-        if lost := [s for s in SPLITS if s not in splits]:
-            gone = [_finding("missing split", s, "", "the folder is not there") for s in lost]
-            parts.append(_Part("", root, found=gone))
-        return parts
-    if (root/"pokedex.csv").is_file(): return [_read_part("", root, "pokedex.csv", _read_pokedex)]
-    part = _read_part("", root, "metadata.jsonl", _read_rows)
-    if not part.images and not part.table:
+            if built and not p.table and not {".", "metadata.jsonl"} & p.closed:
+                p.add("missing split", "metadata.jsonl", "the split has no metadata.jsonl")
+        lost = [_finding("missing split", s, "", "the folder is not there") for s in SPLITS
+                if s not in splits and root/s not in faults]
+        lost += [_finding(kind, "", p.relative_to(root).as_posix(), why) for p, (kind, why) in faults.items()
+                 if not {*(root/s for s in splits)} & {p, *p.parents}]
+        return [*parts, _Part("", root, found=lost)] if lost else parts
+    if (root/"pokedex.csv").is_file() and root/"pokedex.csv" not in faults:
+        return [_read_part("", root, "pokedex.csv", _read_pokedex, faults)]
+    part = _read_part("", root, "metadata.jsonl", _read_rows, faults)
+    if not part.images and not part.table and not part.closed:
         raise ValueError(f"check_dataset: root must be a dataset or hold pictures, got {str(root)!r} with neither")
     return [part]
 
 def _match_images(part:_Part):
     "Every row its picture, every picture its row."
     if not part.table: return
-    rows = {r["file_name"]: line for line, r in part.rows}
+    rows = {r["file_name"]: line for line, r in part.rows if not _is_closed(part.closed, r["file_name"])}
     for name in sorted(rows.keys() - part.images.keys()):
         there = os.path.isfile(part.folder/name)               # a file of another kind: told as `not an image`
         if there: part.images[name] = part.folder/name
@@ -198,11 +220,12 @@ def _match_images(part:_Part):
 def _decode(data:bytes)->Image.Image:
     "Bytes -> RGBA; raises ValueError with (kind, detail) of `CHECKS`."
     bad = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+    told = lambda e: str(e).rpartition("'this file': ")[2]
     try:
         with Image.open(io.BytesIO(data)) as im: kind, size = im.format, im.size
     except bad as e:
         known = data[:8] == b"\x89PNG\r\n\x1a\n" or data[:2] == b"\xff\xd8" or data[:4] in (b"RIFF", b"GIF8")
-        if isinstance(e, Image.DecompressionBombError): raise ValueError("corrupt image", str(e)) from e
+        if isinstance(e, Image.DecompressionBombError): raise ValueError("unusable picture", str(e)) from e
         if not known: raise ValueError("not an image", f"{len(data)} bytes that begin with {data[:8]!r}") from e
         raise ValueError("truncated image" if len(data) < 64 else "corrupt image", "unreadable header") from e
     ends = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}.get(kind, b"")
@@ -210,7 +233,9 @@ def _decode(data:bytes)->Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as im: im.verify()
         return decode_rgba(data, "this file", matte=False)
-    except bad as e: raise ValueError("truncated image" if "truncated" in str(e).lower() else "corrupt image", e) from e
+    except _Refused as e: raise ValueError("unusable picture", told(e)) from e
+    except bad as e:
+        raise ValueError("truncated image" if "truncated" in str(e).lower() else "corrupt image", told(e)) from e
 
 # %% ../nbs/01b_checks.ipynb #af8187db
 def _lab(rgb):

@@ -595,14 +595,15 @@ def _to_rgba(im:Image.Image)->tuple[Image.Image, str]:
 
 def _decode(file, who:str, name:str, max_pixels:int)->tuple[Image.Image, str]:
     "`file` (path or binary stream) -> RGBA and what was converted; anything else ends as a ValueError with `name`."
-    fail = lambda why: ValueError(f"{who} must be a whole picture, got {name!r}: {why}")
+    fail = lambda why, kind=ValueError: kind(f"{who} must be a whole picture, got {name!r}: {why}")
     try:
         with Image.open(file, formats=_FORMATS) as im:
             _check_header(im, max_pixels)
             return _to_rgba(im)
-    except _Refused as e: raise fail(e) from None
+    except _Refused as e: raise fail(e, _Refused) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise fail(f"it is larger than the limit of {max_pixels/1e6:g} megapixels; scale it down first") from e
+        limit = f"the limit of {max_pixels/1e6:g} megapixels"
+        raise fail(f"it is larger than {limit}; scale it down first", _Refused) from e
     except UnidentifiedImageError as e: raise fail(f"it is none of {', '.join(_FORMATS)}; convert or remove it") from e
     except Exception as e:       # decoders of damaged files raise whatever they stumble over; the file is the culprit
         raise fail(f"{e or type(e).__name__}; download it again or remove it") from e
@@ -902,38 +903,49 @@ def _read_jsonl(path:Path)->list[dict]:
     return rows
 
 def _images_under(folder:Path)->dict[str, Path]:
-    "Relative name -> path of all pictures below a folder; hidden files and folders are left out."
-    found = []
+    "Relative name -> path of all pictures below a folder; what is hidden, or a link upwards, is left out."
+    found, up = [], lambda p: p.is_symlink() and p.resolve() in (h := p.parent.resolve(), *h.parents)
     for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
+        folders[:] = [f for f in folders if not f.startswith(".") and not up(Path(here)/f)]
         found += [Path(here)/f for f in files if Path(f).suffix.lower() in _IMAGE_SUFFIXES and not f.startswith(".")]
     return {p.relative_to(folder).as_posix(): p for p in sorted(found) if p.is_file()}
 
 # %% ../nbs/01_data.ipynb #6691b342
-def _check_tree(source:Path):
-    "Refuse by name: links out of `source`, into nothing or in a circle, pipes and devices, kinds of picture not read."
-    top = source.resolve()
-    def fail(path, why): return ValueError(f"build_dataset: {path}: {why}")
-    def look(folder, above):
+_MAX_LINKED = 100_000       # files and folders that are reached through links
+
+def _tree_faults(source:Path)->Iterator[tuple[Path, str, str]]:
+    "Walk a folder without opening a file; yield (path, kind, what is wrong) of what must not be read."
+    top, linked = source.resolve(), 0
+    def look(folder, above, by_link):
+        nonlocal linked
         for e in sorted(os.scandir(folder), key=lambda e: e.name):
             if e.name.startswith("."): continue
             path, suffix = Path(e.path), Path(e.name).suffix.lower()
-            try: real, mode = path.resolve(strict=True), path.stat().st_mode
-            except (OSError, RuntimeError): raise fail(path, "a link that leads nowhere; remove it") from None
-            if e.is_symlink() and top not in real.parents:
-                if real == top: raise fail(path, "a link that goes round in a circle; remove it")
-                raise fail(path, f"a link out of the folder, to {real}; put a copy of the file there instead")
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise fail(path, "must be a file or a folder, got a pipe, socket or device; remove it")
-            if stat.S_ISDIR(mode) and suffix in _IMAGE_SUFFIXES:
-                raise fail(path, "a folder with the name of a picture; rename it")
-            if stat.S_ISREG(mode) and suffix in _OTHER_SUFFIXES:
-                raise fail(path, f"a picture of a kind not read; allowed: {', '.join(_IMAGE_SUFFIXES)}; convert it")
-            if stat.S_ISDIR(mode):
-                if real in above: raise fail(path, "a link that goes round in a circle; remove it")
-                if len(above) > 100: raise fail(path, "more than 100 folders deep; flatten it")
-                look(path, above | {real})
-    look(source, {top})
+            linked += (inside := by_link or e.is_symlink())
+            try: mode = e.stat().st_mode
+            except OSError: yield path, "unsafe link", "a link that leads nowhere; remove it"; continue
+            is_folder = stat.S_ISDIR(mode)
+            real = path.resolve() if is_folder or e.is_symlink() else path         # half a millisecond in deep folders
+            if linked > _MAX_LINKED:
+                raise ValueError(f"{source}: must reach at most {_MAX_LINKED} files through links, got more at {path}; "
+                                 "put copies there instead")
+            if e.is_symlink() and real != top and top not in real.parents:
+                yield path, "unsafe link", f"a link out of the folder, to {real}; put a copy of the file there instead"
+            elif is_folder and real in above: yield path, "unsafe link", "a link that goes round in a circle; remove it"
+            elif not (stat.S_ISREG(mode) or is_folder):
+                yield path, "not a file", "must be a file or a folder, got a pipe, socket or device; remove it"
+            elif is_folder and suffix in _IMAGE_SUFFIXES:
+                yield path, "not a file", "a folder with the name of a picture; rename it"
+            elif is_folder and len(above) > 100: yield path, "not a file", "more than 100 folders deep; flatten it"
+            elif is_folder: yield from look(path, above | {real}, inside)
+            elif suffix in _OTHER_SUFFIXES:
+                yield (path, "unusable picture",
+                       f"a picture of a kind not read; allowed: {', '.join(_IMAGE_SUFFIXES)}; convert it")
+    yield from look(source, {top}, False)
+
+def _check_tree(source:Path):
+    "Refuse by name: links out of `source`, into nothing or in a circle, pipes and devices, kinds of picture not read."
+    for path, _, why in _tree_faults(source): raise ValueError(f"build_dataset: {path}: {why}")
 
 # %% ../nbs/01_data.ipynb #cae29872
 def _folder_items(source:Path):

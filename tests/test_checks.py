@@ -3,15 +3,17 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image, ImageOps
 
-from pokemon_nb import checks
+from pokemon_nb import checks, data
 from pokemon_nb.captioning import caption_dataset
 from pokemon_nb.checks import CHECKS, check_dataset, data_report, findings_table, pokemon_data, pokemon_report
 from pokemon_nb.data import SPLITS, Critter, build_dataset, dataset_hash, paint_critter, random_critter, read_metadata
@@ -184,6 +186,21 @@ def twice(root):
     return "duplicate file_name", f"train/{rows[5]['file_name']}"
 
 
+def animated(root):
+    p = file(root, 22); im = picture(root, 22)
+    im.save(p, save_all=True, append_images=[im.rotate(5)])
+    return "unusable picture", named(p)
+
+
+def bomb(root):
+    "A header of 3.6 gigapixels before pixels for one line."
+    p = file(root, 23)
+    data = p.read_bytes()
+    head = data[12:16] + struct.pack(">II", 60_000, 60_000) + data[24:29]
+    p.write_bytes(data[:12] + head + struct.pack(">I", zlib.crc32(head)) + data[33:])
+    return "unusable picture", named(p)
+
+
 def wrong_root(root):
     rows = rows_of(root)
     own = [r["family"] == r["id"] for r in rows]
@@ -193,7 +210,8 @@ def wrong_root(root):
 
 TWELVE = (corrupt, truncated, exact, nearly, lost_picture, lost_row, contradiction, strange_word, leaking_family,
           leaking_picture, large, bad_line)                                # the unreadable line last: others add rows
-MORE = (wrong_colour, blank, no_picture, negative, no_name, empty_caption, lying_caption, escaping, twice, wrong_root)
+MORE = (wrong_colour, blank, no_picture, negative, no_name, empty_caption, lying_caption, escaping, twice, wrong_root,
+        animated, bomb)
 
 
 def told(root, **kw):
@@ -208,6 +226,17 @@ def test_twelve_faults_get_twelve_names_and_nothing_else(root):
     assert len({k for k, _ in planted}) == 12
     reseal(root)
     assert sorted(told(root)) == sorted(planted)
+
+
+@pytest.mark.slow
+def test_the_command_names_the_twelve_faults_and_nothing_else(root, tmp_path):
+    planted = [fault(root) for fault in TWELVE]
+    reseal(root)
+    done = subprocess.run(["pokemon_data", "--check", str(root), "--format", "json"], env=scripts(tmp_path/"bin"),
+                          capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    found = [(f["kind"], f"{f['split']}/{f['file']}") for f in json.loads(done.stdout)]
+    assert sorted(found) == sorted(planted) and len(found) == 12
 
 
 @pytest.mark.parametrize("fault", TWELVE + MORE, ids=lambda f: f.__name__)
@@ -294,6 +323,65 @@ def test_raw_source_with_a_table(tmp_path):
     assert sorted(told(folder)) == want                       # species 99 may stand in the row that can not be read
     (folder/"pokedex.csv").write_text("\n".join([head, *rows[:-1]]) + "\n")
     assert sorted(told(folder)) == sorted([*want[1:], want[1]])                       # height 0, and evolves from 99
+
+
+def stranger(folder, name):
+    "Something that a data folder must not hold, at folder/name."
+    p = folder/name
+    if name == "pipe.png": os.mkfifo(p)
+    elif name == "logo.svg": p.write_text("<svg/>")
+    elif name == "folder.png": p.mkdir()
+    else: p.symlink_to({"out.png": SECRET, "nowhere.png": "nothing", "self.png": "self.png", "round": ".",
+                        "outside": SECRET.parent, "metadata.jsonl": SECRET}[name])
+
+
+SECRET = Path(__file__)
+STRANGERS = {"pipe.png": "not a file", "logo.svg": "unusable picture", "folder.png": "not a file",
+             "out.png": "unsafe link", "nowhere.png": "unsafe link", "self.png": "unsafe link", "round": "unsafe link",
+             "outside": "unsafe link"}
+
+
+def test_strangers_are_named_and_not_opened(root, tmp_path):
+    "In a build, in a raw folder; with a row of their own, too."
+    raw = tmp_path/"raw"; raw.mkdir()
+    for k in range(20): paint_critter(random_critter(k), 64).save(raw/f"{k}.png")
+    for name in STRANGERS: stranger(raw, name); stranger(root/"val", name)
+    add_row(root, paint_critter(random_critter(3), 64), "outside.png", "val", colour="any")
+    rows = rows_of(root, "val")
+    write(root, rows + [dict(rows[-1], file_name="out.png", id=9101, family=9101),
+                        dict(rows[-1], file_name="outside/x.png", id=9102, family=9102)], "val")
+    assert sorted(told(raw)) == sorted((kind, name) for name, kind in STRANGERS.items())
+    found = [f for f in check_dataset(root, progress=False) if f.file != "dataset.json"]
+    assert sorted((f.kind, f.file) for f in found if f.split) == sorted((k, n) for n, k in STRANGERS.items())
+    assert "every fault is named" not in findings_table(found)                  # a line of the file that is linked to
+    for p in (raw/"metadata.jsonl", raw/"pokedex.csv"): p.symlink_to(SECRET)
+    assert [f.detail for f in check_dataset(raw) if f.kind == "bad row"] == []
+    (root/"test"/"metadata.jsonl").unlink(); stranger(root/"test", "metadata.jsonl")
+    shutil.rmtree(root/"train"); (root/"train").symlink_to(SECRET.parent)
+    kinds = [(f.kind, f.split, f.file) for f in check_dataset(root, progress=False) if f.file != "dataset.json"]
+    assert ("unsafe link", "test", "metadata.jsonl") in kinds and ("unsafe link", "train", "") in kinds
+    assert not any(f in ("missing split",) for f, *_ in kinds)
+
+
+def test_links_into_the_cache_of_dvc_are_the_datas_own(root, tmp_path):
+    for k in range(3):
+        p = file(root, k)
+        stored = tmp_path/"cache"/"files"/"md5"/f"0{k}"/("a"*30)
+        stored.parent.mkdir(parents=True)
+        shutil.move(p, stored); p.symlink_to(stored)
+    assert told(root) == []
+
+
+def test_links_that_multiply_are_stopped(tmp_path, monkeypatch):
+    "Twenty folders that hold two links to the next one: a million pictures from one."
+    monkeypatch.setattr(data, "_MAX_LINKED", 500)
+    for k in range(20):
+        (tmp_path/"raw"/f"{k:02}").mkdir(parents=True)
+        for name in "ab": (tmp_path/"raw"/f"{k:02}"/name).symlink_to(f"../{k + 1:02}")
+    (tmp_path/"raw"/"20").mkdir(); paint_critter(random_critter(1), 16).save(tmp_path/"raw"/"20"/"a.png")
+    for action in (check_dataset, lambda p: build_dataset(p, tmp_path/"data")):
+        with pytest.raises(ValueError, match="at most 500 files through links, got more at"): action(tmp_path/"raw")
+    assert not (tmp_path/"data").exists()
 
 
 def test_unusable_folders_and_a_missing_package(tmp_path, monkeypatch):

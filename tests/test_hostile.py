@@ -162,6 +162,28 @@ def test_a_bomb_is_refused_by_its_header(side, tmp_path):
     assert side*side > MAX_PIXELS
 
 
+@pytest.mark.parametrize("kind,head", [("zTXt", b"k\0\0"), ("iCCP", b"k\0\0"), ("iTXt", b"k\0\1\0\0\0")])
+def test_a_bomb_beside_the_pixels_is_refused(kind, head):
+    "100 MiB of text or colour profile in 100 kB of an otherwise good picture."
+    content = png(np.full((4, 4, 3), 9), 2, 8, extra=chunk(kind.encode(), head + zlib.compress(bytes(100*2**20))))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="'it': Decompressed data too large"): decode_rgba(content, "it")
+        assert tracemalloc.get_traced_memory()[1] < 20*2**20
+    finally: tracemalloc.stop()
+
+
+def test_pixels_beyond_the_last_row_are_not_unpacked():
+    "8 x 8 pixels by the header, and 100 MiB of pixel data: the picture is what the header says."
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))
+    content = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100*2**20))) + chunk(b"IEND", b"")
+    tracemalloc.start()
+    try:
+        assert decode_rgba(content, "it", matte=False).size == (8, 8)
+        assert tracemalloc.get_traced_memory()[1] < 20*2**20
+    finally: tracemalloc.stop()
+
+
 def test_the_limit_is_exact_and_can_be_moved():
     content = saved(flat(size=(10, 10)), "PNG")
     assert decode_rgba(content, "it", max_pixels=100).size == (10, 10)
