@@ -432,6 +432,25 @@ def _blip2_folder(model, revision):
     return folder, hashlib.sha256("".join(map(_file_sha256, weights)).encode()).hexdigest()[:12]
 
 _BLIP2_COMMIT = "59a1ef6c1e5117b3f65523d1c6066825bcf315e3"
+_KINDS = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
+_MAPS = ("balanced", "balanced_low_0", "sequential")
+
+def _placed(device, dtype):
+    "Where a model of gigabytes goes, in which format, and whether by a device map; refused before it is loaded."
+    gpu = torch.cuda.is_available()
+    if dtype not in ("auto", *_KINDS):
+        raise ValueError(f"Blip2Captioner: dtype must be known, got {dtype!r}; allowed: auto, {', '.join(_KINDS)}")
+    place = ("cuda" if gpu else "cpu") if device == "auto" else device
+    try: there = place in _MAPS or (kind := torch.device(place).type) == "cpu" or kind == "cuda" and gpu or \
+        kind == "mps" and torch.backends.mps.is_available()
+    except RuntimeError: there = False
+    if not there:
+        raise ValueError(f"Blip2Captioner: device must be one that is there, got {device!r}; allowed: auto, cpu, "
+                         f"{'cuda, ' if gpu else ''}or a device map: {', '.join(_MAPS)}")
+    if place in _MAPS and importlib.util.find_spec("accelerate") is None:
+        raise ModuleNotFoundError(f"a device map such as {place} needs accelerate; run: pip install accelerate")
+    on_gpu = gpu if place in _MAPS else place != "cpu"
+    return place, _KINDS["bf16" if on_gpu else "fp32"] if dtype == "auto" else _KINDS[dtype], place in _MAPS
 
 class Blip2Captioner:
     "BLIP-2 through transformers."
@@ -445,14 +464,11 @@ class Blip2Captioner:
         max_new_tokens:int=30,                        # longest caption
     ):
         from transformers import Blip2ForConditionalGeneration, Blip2Processor
-        kinds = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
-        if dtype not in ("auto", *kinds):
-            raise ValueError(f"Blip2Captioner: dtype must be known, got {dtype!r}; allowed: auto, {', '.join(kinds)}")
+        if max_new_tokens < 1:
+            raise ValueError(f"Blip2Captioner: max_new_tokens must be at least 1, got {max_new_tokens!r}")
+        (place, kind, mapped), self.prompt = _placed(device, dtype), check_prompt(prompt)
         folder, self.revision = _blip2_folder(model, revision)
-        self.model_name, self.prompt, self.max_new_tokens = str(model), check_prompt(prompt), max_new_tokens
-        place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        kind = kinds["bf16" if place != "cpu" else "fp32"] if dtype == "auto" else kinds[dtype]
-        mapped = place in ("balanced", "balanced_low_0", "sequential")
+        self.model_name, self.max_new_tokens = str(model), max_new_tokens
         self.processor = Blip2Processor.from_pretrained(folder, local_files_only=True)
         self.model = Blip2ForConditionalGeneration.from_pretrained(folder, local_files_only=True, dtype=kind,
                                                                    **dict(device_map=place) if mapped else {}).eval()

@@ -258,11 +258,33 @@ def test_blip2_looks_and_does_not_depend_on_the_batch(blip2, pictures):
     assert Blip2Captioner(blip2, dtype="bf16", max_new_tokens=4).caption([{}], pictures[:1])[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["balanced", "sequential"])
+def test_a_device_map_says_the_same(blip2, pictures, place):
+    pytest.importorskip("accelerate")
+    mapped, plain = (Blip2Captioner(blip2, device=d, dtype="fp32", max_new_tokens=4) for d in (place, "cpu"))
+    assert mapped.where == f"{place}, float32"
+    assert torch.cuda.is_available() or mapped.caption([{}]*6, pictures) == plain.caption([{}]*6, pictures)
+    assert torch.cuda.is_available() or Blip2Captioner(blip2, device=place).where == f"{place}, float32"
+
+
+@pytest.mark.parametrize("device", ["toaster", "", "cuda", "cuda:7", "meta"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"device must be one that is there, got '{device}'; allowed: auto, cpu, or a"):
+        Blip2Captioner("nobody/nothing", device=device)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install accelerate"):
+        Blip2Captioner("nobody/nothing", device="balanced")
+
+
 def test_blip2_without_a_model_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="--captioner facts"): Blip2Captioner("nobody/nothing")
     with pytest.raises(FileNotFoundError, match=r"must hold \*.safetensors"): Blip2Captioner(tmp_path)
     with pytest.raises(ValueError, match="allowed: auto, bf16"): Blip2Captioner(tmp_path, dtype="int3")
+    with pytest.raises(ValueError, match="max_new_tokens must be"): Blip2Captioner(tmp_path, max_new_tokens=0)
+    with pytest.raises(ValueError, match="prompt must be plain text"): Blip2Captioner(tmp_path, prompt="a\0")
 
 
 @pytest.mark.slow
