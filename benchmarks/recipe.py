@@ -80,7 +80,7 @@ def fixed_loss(pipe, data: str) -> float:
 def judge_run(run: Path, data: str, n: int) -> dict:
     "The figures of a row."
     pipe = load_pipeline(run, "cpu")
-    if pipe.unet.config.in_channels != 4:
+    if pipe.channels != 4:
         return {}
     judge, settings = Judge(data, load_reader(), pipe.config.sample_size, rounds=2), {"guidance_scale": 3.0}
     captions = [r["text"] for r in judge.records["test"]]

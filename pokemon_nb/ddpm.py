@@ -399,7 +399,7 @@ class PokemonOutput(BaseOutput):
 # %% ../nbs/04_ddpm.ipynb #dd62acfe
 class PokemonPipeline(DiffusionPipeline):
     "Text to picture: `pipe('a blue water pokemon with wings', seed=0).images[0]`."
-    model_cpu_offload_seq, _optional_components = "unet->weak->upsampler", ["upsampler", "weak"]
+    model_cpu_offload_seq, _optional_components = "unet->weak->upsampler->codec", ["upsampler", "weak", "codec"]
 
     def __init__(self,
         unet:UNet,                          # the network, usually with EMA weights
@@ -419,9 +419,10 @@ class PokemonPipeline(DiffusionPipeline):
         autoguidance:float=0.,              # how far to walk away from it
         guidance:str="pair",                # how the guidance scale reaches `unet`, a key of `GUIDANCE`
         guidance_interval:list|tuple=(0., 1e9),  # lowest and highest noise level at which a pair of calls guides
+        codec:nn.Module|None=None,          # `unet` draws its latents (chapter 04a); None = `unet` draws pixels
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, upsampler=upsampler, weak=weak)
+        self.register_modules(unet=unet, scheduler=scheduler, upsampler=upsampler, weak=weak, codec=codec)
         self.register_to_config(
             text_encoder_name=text_encoder_name, sample_size=sample_size, sampler=sampler,
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, training=training,
@@ -431,9 +432,25 @@ class PokemonPipeline(DiffusionPipeline):
         self._text_encoder = None
 
     @property
-    def networks(self)->list[UNet]:
-        "All networks: first stage, weak one, second stage; what is not there is left out."
-        return [net for net in (self.unet, self.weak, self.upsampler) if net is not None]
+    def networks(self)->list[nn.Module]:
+        "All networks: first stage, weak one, second stage, codec; what is not there is left out."
+        return [net for net in (self.unet, self.weak, self.upsampler, self.codec) if net is not None]
+
+    @property
+    def channels(self)->int:
+        "Channels of the pictures: 4 = premultiplied RGBA, 3 = RGB."
+        return (self.codec or self.unet).config.in_channels
+
+    @property
+    def factor(self)->int:
+        "Pixels along one side of what is drawn at once: those of a latent, or 1."
+        return self.codec.factor if self.codec else 1
+
+    def to_pictures(self,
+        x:torch.Tensor,     # (B,c,h,w) what `unet` draws: latents or pixels
+    )->torch.Tensor:        # (B,C,H,W) in [-1,1]
+        "Decode latents; pixels are only clamped."
+        return (self.codec.decode(x) if self.codec else x).clamp(-1, 1)
 
     @property
     def text_encoder(self)->TextEncoder:
@@ -501,13 +518,13 @@ def __call__(self:PokemonPipeline,
     size:int|None=None,                     # side in pixels; None = as trained
     output_type:str="pil",                  # "pil" or "pt" ((B,C,H,W) in [-1,1])
     return_dict:bool=True,                  # False: a tuple `(images,)`
-    callback_on_step_end:Callable|None=None,# `f(pipe, step, sigma, {"latents": x, "x0": estimate})`, after every step
+    callback_on_step_end:Callable|None=None,# `f(pipe, step, sigma, {"latents": x, "x0": picture so far})`, each step
 )->PokemonOutput:                           # `.images`, `.seeds`, `.nfe`
     "Draw pictures; raises ValueError naming the argument, the value and what is allowed."
     use = self.settings(num_inference_steps, guidance_scale, sampler)
     sampler, side = use["sampler"], self.config.sample_size if size is None else size
     check_call(self, sampler, side, output_type)
-    small = side * self.config.base_size // self.config.sample_size if self.upsampler else side
+    small = side * self.config.base_size // self.config.sample_size if self.upsampler else side // self.factor
     sigmas = self.scheduler.schedule.sampling_sigmas(use["steps"])
     c, count = self.config, CountCalls(Denoiser(self.unet, self.scheduler.precondition))
     weak = CountCalls(Denoiser(self.weak, self.scheduler.precondition)) if self.weak else None
@@ -521,9 +538,11 @@ def __call__(self:PokemonPipeline,
     with self.progress_bar(total=calls) as bar:
         def callback(i, sigma, x, x0):
             bar.update()
-            if callback_on_step_end: callback_on_step_end(self, i, sigma, {"latents": x, "x0": x0})
+            if callback_on_step_end:
+                callback_on_step_end(self, i, sigma, {"latents": x, "x0": self.to_pictures(x0)})
         extra = {"noise": noise} if sampler == "ddpm" else {}
-        x = SAMPLERS[sampler](clamped(denoise), x, sigmas, text, callback, **extra).clamp(-1, 1)
+        x = SAMPLERS[sampler](denoise if self.codec else clamped(denoise), x, sigmas, text, callback, **extra)
+        x = self.to_pictures(x)
         if self.upsampler:
             later = lambda i, *state: callback(i + len(sigmas) - 1, *state)
             x, calls = self.enlarge(x, side, text, noise, later)
@@ -568,12 +587,12 @@ def check_call(
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be known, got {sampler!r}; allowed: {', '.join(SAMPLERS)}")
     if output_type not in ("pil", "pt"): raise ValueError(f"output_type must be 'pil' or 'pt', got {output_type!r}")
-    step = pipe.unet.min_side
+    step = pipe.unet.min_side * pipe.factor
     if pipe.upsampler: step = math.lcm(step * pipe.config.sample_size // pipe.config.base_size, pipe.upsampler.min_side)
     if not 1 <= size <= 512 or size % step: raise ValueError(f"size must be a multiple of {step} up to 512, got {size}")
 
 # %% ../nbs/04_ddpm.ipynb #8f89d34b
-import json
+import importlib, json
 from pathlib import Path
 
 from diffusers.utils import logging as diffusers_logging
@@ -610,11 +629,15 @@ def load_pipeline(
 )->PokemonPipeline:            # ready to draw, in evaluation mode
     "Load a checkpoint; one of another architecture or a damaged file is refused by name with a ValueError."
     folder = find_checkpoint(path)
-    try: name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        name, parts = index["_class_name"], [v[0] for v in index.values() if isinstance(v, list)]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"checkpoint: {folder}/model_index.json is damaged: {e}") from e
     if name != "PokemonPipeline":
         raise ValueError(f"checkpoint: {folder} holds a {name}, not a PokemonPipeline; load it with diffusers")
+    for part in parts:                                 # diffusers asks for it; a codec comes from a later chapter
+        if part and part.startswith("pokemon_nb."): importlib.import_module(part)
     diffusers_logging.disable_progress_bar()           # two small files need no bar
     try: pipe = PokemonPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
     except Exception as e:           # whatever a damaged file makes the loaders raise, the folder is what is wrong
@@ -645,7 +668,7 @@ def describe(self:PokemonPipeline,
     "What is used: weights, network, sampler, device."
     n, c = sum(p.numel() for net in self.networks for p in net.parameters()) / 1e6, self.config
     stages = f"{c.base_size} -> {c.sample_size}" if self.upsampler else f"{c.sample_size}"
-    kind = "RGBA" if self.unet.config.in_channels == 4 else "RGB"
+    kind = "RGBA" if self.channels == 4 else "RGB"
     return (f"checkpoint {folder or 'in memory'} ({c.training or 'untrained'}) · {n:.1f} M parameters, "
             f"{self.unet.dtype} · {stages} px {kind} · {c.sampler}, {c.num_inference_steps} steps, "
             f"guidance {c.guidance_scale:g} · text {c.text_encoder_name} · {self.device}")

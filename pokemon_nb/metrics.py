@@ -528,7 +528,7 @@ def evaluate(
     "Judge a checkpoint against the test split; raises ValueError before any drawing when something is missing."
     folder = find_checkpoint(checkpoint)
     pipe = load_pipeline(folder, device)
-    if pipe.unet.config.in_channels != 4: raise ValueError(f"evaluate: {folder} must draw with alpha (4 channels)")
+    if pipe.channels != 4: raise ValueError(f"evaluate: {folder} must draw with alpha (4 channels)")
     judge = Judge(data, reader or load_reader(), pipe.config.sample_size, rounds)
     captions = [r.get("text") or "" for r in judge.records["test"]]
     if not all(captions): raise ValueError(f"evaluate: {data} must have captions; run: pokemon_caption {data}")

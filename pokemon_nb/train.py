@@ -73,6 +73,7 @@ class ModelConfig:
     emb_dim:int = 256                          # width of the embedding of noise level and text
     text_tokens:int = 4                        # text tokens seen by attention
     text_encoder:str = "minilm"                # which `TextEncoder`
+    codec:str = ""                             # codec (chapter 04a) or checkpoint with one: learn latents; "" = pixels
     init:str = ""                              # checkpoint or run folder whose weights to start from; "" = random ones
     base:str = ""                              # run or checkpoint of a first stage: this network enlarges its pictures
     hint_noise:float = 0.5                     # most noise added to the small pictures in training, pixel-std units
@@ -81,6 +82,7 @@ class ModelConfig:
 
     def __post_init__(self):
         require(self.hint_noise > 0, "model.hint_noise", "be positive", self.hint_noise)
+        require(not (self.codec and self.base), "model.base", "be empty for latents (model.codec)", self.base)
 
 
 @dataclass(frozen=True)
@@ -329,6 +331,7 @@ import lightning.pytorch as L
 
 from .captioning import drop_captions
 from .data import step_seed
+from .latent import load_codec
 from .ddpm import Denoiser, NoiseProcess, denoising_loss, make_hint, shrink
 from .unet import UNet
 
@@ -347,9 +350,11 @@ class LitDiffusion(L.LightningModule):
         self.process = NoiseProcess(**asdict(cfg.diffusion))
         torch.manual_seed(step_seed(cfg.seed, "weights"))
         # by keyword: diffusers forgets positional arguments when it rebuilds a model from its config
-        net = UNet(in_channels=cfg.data.channels, patch_size=m.patch_size, widths=m.widths, depths=m.depths,
+        self.codec = load_codec(m.codec, cfg.data.channels, cfg.data.size) if m.codec else None
+        channels = self.codec.config.latent_channels if m.codec else cfg.data.channels
+        net = UNet(in_channels=channels, patch_size=m.patch_size, widths=m.widths, depths=m.depths,
                    text_dim=train_text.shape[-1], emb_dim=m.emb_dim, text_tokens=m.text_tokens,
-                   cond_channels=cfg.data.channels + 1 if m.base else 0)
+                   cond_channels=channels + 1 if m.base else 0)
         if m.init: start_from(net, m.init)
         self.base = first_stage(cfg) if m.base else None
         self.denoise = Denoiser(net, self.process.precondition)
@@ -364,7 +369,7 @@ class LitDiffusion(L.LightningModule):
         gen:torch.Generator,          # source of all choices
     )->tuple[torch.Tensor, ...]:      # x0, sigma (B,), eps, text (B,D): what is noised how much, and its words
         "Draw a caption, a noise level and noise for each picture."
-        x0, text = batch["x0"], pick_phrasings(self.train_text, batch["index"], gen)
+        x0, text = self.latents(batch["x0"]), pick_phrasings(self.train_text, batch["index"], gen)
         if "coat" in batch: text = self.name_coats(text, batch["index"], batch["coat"], gen)
         text = drop_captions(text, self.cfg.training_params.caption_dropout, gen)
         sigma = self.process.schedule.training_sigmas(stratified(len(x0), gen))
@@ -460,6 +465,15 @@ def hint(self:LitDiffusion,
     level = most * .04 ** u if sigma is None else torch.full_like(u, sigma)
     eps = torch.randn(low.shape, generator=generator, device=x0.device)
     return make_hint(low, level, eps, self.process.precondition)
+
+
+@patch
+@torch.no_grad()
+def latents(self:LitDiffusion,
+    x0:torch.Tensor,    # (B,C,S,S) pictures in [-1,1]
+)->torch.Tensor:        # what is noised: their latents, or the pictures themselves
+    "Encode pictures where the network draws latents."
+    return self.codec.encode(x0).float() if self.codec else x0
 
 
 @patch
@@ -596,7 +610,7 @@ def on_validation_epoch_start(self:LitDiffusion):
 @patch
 def validation_step(self:LitDiffusion, batch:dict, batch_idx:int):
     "Loss of the EMA weights on one batch at every validation level."
-    x0, k = batch["x0"], self.cfg.training_params.val_levels
+    x0, k = self.latents(batch["x0"]), self.cfg.training_params.val_levels
     text, gen = self.val_text[batch["index"], 0], torch.Generator(self.device).manual_seed(step_seed("val", batch_idx))
     levels = self.process.schedule.training_sigmas((torch.arange(k, device=self.device) + .5) / k)
     for i, sigma in enumerate(levels):
@@ -759,7 +773,7 @@ def model_card(
     rows = [f"| {k} | {v:.4f} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in flat.items()]
     c, judged = pipe.config, metrics.get("judged")
     return CARD.format(
-        name=name, size=c.sample_size, mode="RGBA" if pipe.unet.config.in_channels == 4 else "RGB",
+        name=name, size=c.sample_size, mode="RGBA" if pipe.channels == 4 else "RGB",
         rows="\n".join(rows),
         million=sum(p.numel() for net in pipe.networks for p in net.parameters()) / 1e6, sampler=c.sampler,
         steps=c.num_inference_steps, guidance=c.guidance_scale, training=c.training or "untrained",
@@ -786,7 +800,7 @@ def pipeline(self:LitDiffusion)->PokemonPipeline:
     unet.load_state_dict(self.ema.net.state_dict())
     origin = f"{Path(cfg.data.source).name}, {self.global_step} steps of {cfg.training_params.batch_size}"
     mine = dict(sampler=s.sampler, num_inference_steps=s.num_inference_steps, guidance_scale=s.guidance_scale,
-                training=origin, unet=unet.eval(), scheduler=self.process)
+                training=origin, unet=unet.eval(), scheduler=self.process, codec=self.codec)
     if self.base:
         b = self.base.config
         mine = dict(sampler=b.sampler, num_inference_steps=b.num_inference_steps, guidance_scale=b.guidance_scale,

@@ -95,7 +95,7 @@ class UNet(ModelMixin, ConfigMixin):
     "Text-conditioned U-Net on unshuffled pixels: `(x, c_noise, text) -> raw output`."
     @register_to_config
     def __init__(self,
-        in_channels:int=4,                     # picture channels: 4 = premultiplied RGBA, 3 = RGB
+        in_channels:int=4,                     # 4 = premultiplied RGBA, 3 = RGB, other = latents (chapter 04a)
         patch_size:int=2,                      # side of the pixel blocks folded into channels by the stem
         widths:tuple[int, ...]=(64, 128, 256), # channels per level, finest first
         depths:tuple[int, ...]=(1, 1, 2),      # blocks per level on the way down, and again on the way up
@@ -148,13 +148,14 @@ class UNet(ModelMixin, ConfigMixin):
 
 # %% ../nbs/03_unet.ipynb #08f49dcc
 def check_unet(
-    in_channels:int,           # picture channels, 3 or 4
+    in_channels:int,           # picture channels, 3 or 4, or those of a latent
     patch_size:int,            # side of a folded pixel block
     widths:tuple[int, ...],    # channels per level
     depths:tuple[int, ...],    # blocks per level
 ):
     "Refuse a network that cannot work, before any weight is made; raises ValueError."
-    if in_channels not in (3, 4): raise ValueError(f"UNet: in_channels must be 3 (RGB) or 4 (RGBA), got {in_channels}")
+    if not 1 <= in_channels <= 64:
+        raise ValueError(f"UNet: in_channels must be 3 (RGB), 4 (RGBA) or a latent's, at most 64, got {in_channels}")
     if patch_size not in (1, 2, 4, 8):
         raise ValueError(f"UNet: patch_size must be a power of two, got {patch_size}; allowed: 1, 2, 4, 8")
     if not widths or len(widths) != len(depths):
