@@ -16,16 +16,19 @@ from pydantic import BaseModel, ConfigDict, Field
 class GenerateRequest(BaseModel):
     "What `POST /generate` takes."
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"prompt": "Pikachu"}]})
-    prompt: str = Field(max_length=1000, description="what to draw, at most 1000 characters; an empty one asks for anything")
+    prompt: str = Field(max_length=1000,
+                        description="what to draw, at most 1000 characters; an empty one asks for anything")
     n: int = Field(1, ge=1, le=16, description="pictures, 1 to 16; their seeds count up")
-    seed: int|None = Field(None, ge=0, le=2**53 - 1, description="same seed, same picture; drawn and sent back when left out")
+    seed: int|None = Field(None, ge=0, le=2**53 - 1,
+                           description="same seed, same picture; drawn and sent back when left out")
     steps: int|None = Field(None, ge=1, le=100, description="sampler steps, 1 to 100; more is slower and finer")
     guidance: float|None = Field(None, ge=0, le=30, allow_inf_nan=False,
                                  description="how strongly the words push, 0 to 30; 1 = as trained")
-    size: int|None = Field(None, ge=8, le=256, description="side in pixels; /version lists the sizes; left out = as trained")
+    size: int|None = Field(None, ge=8, le=256,
+                           description="side in pixels; /version lists the sizes; left out = as trained")
     format: Literal["png", "webp"] = Field("png", description="png, or webp (lossless)")
     answer: Literal["image", "json"]|None = Field(
-        None, description="image = the picture itself, for n = 1; json = base64; left out = image for one, json for several")
+        None, description="image = the picture itself, for n = 1; json = base64; left out = json for several pictures")
 
 # %% ../nbs/08_serving.ipynb #b1d75649
 from dataclasses import asdict, dataclass, replace
@@ -69,7 +72,8 @@ class Neighbours:
         files:list[str]|None=None,   # N paths of the training pictures, where the user has them
         quantile:float=.95,   # share of real pictures below the threshold
     ):
-        self.basis, self.forms, self.real, self.names, self.species, self.files = basis, forms, real, names, species, files
+        self.basis, self.forms, self.real = basis, forms, real
+        self.names, self.species, self.files = names, species, files
         self.threshold = real.quantile(quantile).item()
 
 # %% ../nbs/08_serving.ipynb #867192bf
@@ -85,7 +89,8 @@ def _forms(x0, basis, turned):
     if turned:
         theta = torch.tensor([[[z, 0., dx], [0., z, dy]] for z in _ZOOMS for dx in _SHIFTS for dy in _SHIFTS])
         grid = F.affine_grid(theta, (len(theta), 1, _SIDE, _SIDE), align_corners=False)
-        seen = F.grid_sample((x + 1).repeat_interleave(len(theta), 0), grid.repeat(len(x), 1, 1, 1), align_corners=False) - 1
+        many, places = (x + 1).repeat_interleave(len(theta), 0), grid.repeat(len(x), 1, 1, 1)
+        seen = F.grid_sample(many, places, align_corners=False) - 1
         x = torch.stack([seen, seen.flip(-1)], 1).flatten(0, 1)
     return F.normalize(describe_form(x) @ basis, dim=1).view(len(x0), -1, basis.shape[1])
 
@@ -118,7 +123,8 @@ def make_neighbours(
     sets = {s: PokemonDataset(data, s, size) for s in ("train", "val", "test")}
     x0 = {s: d.batch(range(len(d))) for s, d in sets.items()}
     held_out = torch.cat([x0["val"], x0["test"]])
-    if len(held_out) < 20: raise ValueError(f"make_neighbours: data must hold out at least 20 pictures, got {len(held_out)}")
+    if len(held_out) < 10:
+        raise ValueError(f"make_neighbours: data must hold out at least 10 pictures, got {len(held_out)}")
     plain = torch.cat([_forms(x, torch.eye(512), False)[:, 0] for x in x0["train"].split(64)])
     torch.manual_seed(0)
     basis = torch.pca_lowrank(plain, min(dims, *plain.shape), center=False, niter=8)[2]
@@ -138,7 +144,8 @@ def save_neighbours(
     "Write the table as float16 tensors, names as its metadata."
     import json
     from safetensors.torch import save_file
-    tensors = dict(basis=near.basis.half().contiguous(), forms=near.forms.half().contiguous(), real=near.real.contiguous())
+    half = lambda x: x.half().contiguous()
+    tensors = dict(basis=half(near.basis), forms=half(near.forms), real=near.real.contiguous())
     save_file(tensors, path, dict(names=json.dumps(near.names), species=json.dumps(near.species)))
 
 def load_neighbours(
@@ -200,7 +207,7 @@ class Painter:
             raise ValueError(f"Painter: runtime must be known, got {runtime!r}; allowed: {', '.join(RUNTIMES)}")
         if threads: torch.set_num_threads(threads)
         self.folder, self.runtime, self.guard = find_checkpoint(checkpoint), runtime, guard
-        self.name = "/".join(self.folder.parts[-2:])                   # no more of the path than this leaves the machine
+        self.name = "/".join(self.folder.parts[-2:])             # no more of the path than this leaves the machine
         self.pipe = load_pipeline(self.folder, device)
         self.near = self.neighbours(data) if self.pipe.channels == 4 else None
         if runtime == "compile":
@@ -231,9 +238,10 @@ def about(self:Painter)->dict:   # plain values only: it travels through a pipe
         try: check_call(self.pipe, own["sampler"], size, "pil")
         except ValueError: return False
         return True
-    return dict(checkpoint=self.name, model=self.pipe.describe(self.name), device=str(self.pipe.device), runtime=self.runtime,
-                defaults=own | dict(size=self.pipe.config.sample_size), sizes=[s for s in range(8, 257) if can(s)],
-                colours=list(COLOURS), types=list(TYPES), shapes={s: SHAPE_WORDS[s][0] for s in SHAPES if s in SHAPE_WORDS},
+    return dict(checkpoint=self.name, model=self.pipe.describe(self.name), device=str(self.pipe.device),
+                runtime=self.runtime, defaults=own | dict(size=self.pipe.config.sample_size),
+                sizes=[s for s in range(8, 257) if can(s)], colours=list(COLOURS), types=list(TYPES),
+                shapes={s: SHAPE_WORDS[s][0] for s in SHAPES if s in SHAPE_WORDS},
                 species=self.near.species if self.near else [], training=len(self.near.names) if self.near else 0)
 
 # %% ../nbs/08_serving.ipynb #1eb13bf4
@@ -321,7 +329,8 @@ def _guarded(self:Painter, asks, on_step):
     settings = self.pipe.settings(asks[0].steps, asks[0].guidance)
     made = [dict(prompt=a.prompt, seed=s, checkpoint=self.name) | settings | (dict(size=a.size) if a.size else {})
             | (dict(asked_seed=a.seed) if s != a.seed else {}) for a, s in zip(asks, used)]
-    return [Picture(_encode(im, a.format, r), r, k, i in again) for i, (im, a, r, k) in enumerate(zip(images, asks, made, near))]
+    return [Picture(_encode(im, a.format, r), r, k, i in again)
+            for i, (im, a, r, k) in enumerate(zip(images, asks, made, near))]
 
 @patch
 def _compare(self:Painter, images):
@@ -371,6 +380,12 @@ from concurrent.futures import Future
 class WorkerDied(RuntimeError):
     "The worker ended in the middle of something."
 
+def _promise():
+    "A future that nobody who waits for it can cancel."
+    f = Future()
+    f.set_running_or_notify_cancel()
+    return f
+
 class Worker:
     "One worker seen from the server: start it, give it a batch, hear of its end."
     def __init__(self,
@@ -378,7 +393,7 @@ class Worker:
         process:bool=True,   # a process of its own; False = a thread
     ):
         self.options, self.process, self.number, self.alive = options, process, 0, False
-        self.ready, self.reply = Future(), None
+        self.ready, self.reply = _promise(), None
         self.on_step = self.on_death = lambda *_: None      # called in the thread that listens
 
     def launch(self):
@@ -386,10 +401,10 @@ class Worker:
         import multiprocessing, threading
         kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context = multiprocessing.get_context(kind)
-        if self.process and kind == "forkserver": context.set_forkserver_preload(["pokemon_nb.metrics", "pokemon_nb.ddpm"])
+        if kind == "forkserver": context.set_forkserver_preload(["pokemon_nb.metrics", "pokemon_nb.ddpm"])
         ours, theirs = context.Pipe()
         make = context.Process if self.process else threading.Thread
-        self.conn, self.ready, self.alive = ours, Future(), True
+        self.conn, self.ready, self.alive = ours, _promise(), True
         self.run = make(target=work, args=(theirs, self.options | dict(quiet=self.process)), daemon=True)
         self.run.start()
         if self.process: theirs.close()
@@ -408,27 +423,27 @@ class Worker:
             if f and not f.done(): f.set_exception(WorkerDied("the worker ended"))
         self.on_death()
 
-# %% ../nbs/08_serving.ipynb #d7373085
+# %% ../nbs/08_serving.ipynb #978028b0
 @patch
-async def paint(self:Worker,
+async def ask(self:Worker,
     asks:list[Ask],                  # that can be drawn together
 )->list[Picture|Failure]:            # one for each
     "Have a batch drawn; raises `WorkerDied`. One batch at a time."
     import asyncio
     self.number += 1
-    self.reply = Future()
+    self.reply = _promise()
     try: self.conn.send(("paint", self.number, asks))
     except OSError as e: raise WorkerDied("the worker has ended") from e
     return await asyncio.wrap_future(self.reply)
 
 @patch
-def cancel(self:Worker):
+def interrupt(self:Worker):
     "Stop the batch after the step that is being computed."
     import contextlib
     with contextlib.suppress(OSError): self.conn.send(("cancel", self.number))
 
 @patch
-def stop(self:Worker,
+def end(self:Worker,
     seconds:float=5,     # until it is ended by force
 ):
     "End it in peace, else by force."
@@ -446,6 +461,7 @@ class Order:
         asks:list[Ask],   # n pictures
     ):
         self.asks, self.made, self.left, self.cancelled = asks, [None] * len(asks), len(asks), False
+        self.wish = None        # the request behind it, for those who answer it
         self.placed, self.started, self.batch = time.perf_counter(), None, 0
         self.result, self.news = asyncio.get_running_loop().create_future(), asyncio.Queue(maxsize=8)
 
@@ -470,7 +486,9 @@ class OrderFailed(RuntimeError):
 
 class QueueFull(RuntimeError):
     "Too many pictures are waiting; `seconds` is when to come back."
-    def __init__(self, seconds:int): super().__init__(f"too many pictures are waiting; come back in {seconds} s"); self.seconds = seconds
+    def __init__(self, seconds:int):
+        super().__init__(f"too many pictures are waiting; come back in {seconds} s")
+        self.seconds = seconds
 
 # %% ../nbs/08_serving.ipynb #c6ad42f6
 from collections import deque
@@ -484,21 +502,26 @@ class Batcher:
     ):
         self.workers, self.limits, self.queue = workers, limits or Limits(), deque()
         self.running, self.tasks, self.speed, self.closed = {}, [], 0., False
-        self.registry = r = CollectorRegistry()
-        Gauge("pokemon_waiting_pictures", "Pictures in the queue", registry=r).set_function(lambda: len(self.queue))
-        Gauge("pokemon_workers_ready", "Workers that can draw", registry=r).set_function(lambda: sum(map(self.is_ready, workers)))
-        self.batches = Histogram("pokemon_batch_pictures", "Pictures drawn at once", buckets=(1, 2, 4, 8, 16, 32), registry=r)
-        self.seconds = Histogram("pokemon_batch_seconds", "Time a batch took", registry=r,
-                                 buckets=(.05, .1, .2, .3, .5, .75, 1, 1.5, 2, 3, 5, 10, 30))
-        self.pictures = Counter("pokemon_pictures", "Pictures by what came of them", ["outcome"], registry=r)
-        self.redrawn = Counter("pokemon_redrawn", "Pictures that were too near to a training picture", ["then"], registry=r)
-        self.deaths = Counter("pokemon_worker_deaths", "Workers that ended unasked", registry=r)
+        self.measure(CollectorRegistry())
 
     @staticmethod
     def is_ready(worker): return worker.alive and worker.ready.done() and not worker.ready.exception()
 
     @property
     def ready(self)->bool: return not self.closed and any(map(self.is_ready, self.workers))
+
+    def measure(self, registry:CollectorRegistry):
+        "What `/metrics` says of drawing; the interface adds what it says of requests."
+        self.registry, here = registry, dict(registry=registry)
+        gauge = lambda name, text, f: Gauge(name, text, **here).set_function(f)
+        gauge("pokemon_waiting_pictures", "Pictures in the queue", lambda: len(self.queue))
+        gauge("pokemon_workers_ready", "Workers that can draw", lambda: sum(map(self.is_ready, self.workers)))
+        self.batches = Histogram("pokemon_batch_pictures", "Pictures drawn at once", buckets=(1, 2, 4, 8, 16), **here)
+        self.seconds = Histogram("pokemon_batch_seconds", "Time a batch took", **here,
+                                 buckets=(.05, .1, .2, .3, .5, .75, 1, 1.5, 2, 3, 5, 10, 30))
+        self.pictures = Counter("pokemon_pictures", "Pictures by what came of them", ["outcome"], **here)
+        self.redrawn = Counter("pokemon_redrawn", "Pictures too near to a training picture", ["then"], **here)
+        self.deaths = Counter("pokemon_worker_deaths", "Workers that ended unasked", **here)
 
 # %% ../nbs/08_serving.ipynb #3f00964f
 @patch
@@ -523,7 +546,7 @@ async def stop(self:Batcher):
     for order, i in [*self.queue, *(k for batch in self.running.values() for k in batch)]:
         order.deliver(i, Failure("died", "the server is stopping"))
     self.queue.clear()
-    await asyncio.gather(*(asyncio.to_thread(w.stop) for w in self.workers))
+    await asyncio.gather(*(asyncio.to_thread(w.end) for w in self.workers))
 
 # %% ../nbs/08_serving.ipynb #9a9676cd
 @patch
@@ -554,7 +577,7 @@ def cancel(self:Batcher,
     order.left = 0
     order.result.cancel()
     for w, batch in self.running.items():
-        if all(o.cancelled for o, _ in batch): w.cancel()
+        if all(o.cancelled for o, _ in batch): w.interrupt()
 
 # %% ../nbs/08_serving.ipynb #a72ef6b0
 @patch
@@ -595,7 +618,7 @@ async def _batch(self:Batcher, worker, batch):
     "Have one batch drawn, and deliver each of its pictures whatever happens."
     start, self.running[worker] = time.perf_counter(), batch
     for order, _ in batch: order.started, order.batch = order.started or start, max(order.batch, len(batch))
-    try: made = await worker.paint([order.asks[i] for order, i in batch])
+    try: made = await worker.ask([order.asks[i] for order, i in batch])
     except WorkerDied as e: made = [Failure("died", str(e))] * len(batch)
     finally: self.running.pop(worker, None)
     seconds = time.perf_counter() - start
@@ -604,7 +627,8 @@ async def _batch(self:Batcher, worker, batch):
         if isinstance(k, Picture) and k.redrawn: self.redrawn.labels("labelled" if k.near["copy"] else "shown").inc()
         order.deliver(i, k)
     self.batches.observe(len(batch)); self.seconds.observe(seconds)
-    if any(isinstance(k, Picture) for k in made): self.speed += .2 * (len(batch) / seconds - self.speed) if self.speed else len(batch) / seconds
+    speed = len(batch) / seconds
+    if any(isinstance(k, Picture) for k in made): self.speed = .8 * self.speed + .2 * speed if self.speed else speed
 
 @patch
 async def _revive(self:Batcher, worker, failures):
@@ -644,7 +668,8 @@ def problem_response(
 )->JSONResponse:             # application/problem+json
     "RFC 9457's members, and ours."
     known = problem.status_code in HTTPStatus._value2member_map_
-    kind, title = getattr(problem, "kind", ""), HTTPStatus(problem.status_code).phrase if known else "Client Closed Request"
+    kind = getattr(problem, "kind", "")
+    title = HTTPStatus(problem.status_code).phrase if known else "Client Closed Request"
     body = dict(type=f"urn:pokemon_nb:{kind}" if kind else "about:blank", title=title, status=problem.status_code,
                 detail=str(problem.detail), instance=path, request_id=request_id) | getattr(problem, "more", {})
     return JSONResponse(body, problem.status_code, problem.headers, "application/problem+json")
@@ -658,8 +683,10 @@ def explain(
     for e in errors:
         path = [str(k) for k in e["loc"] if k != "body"]
         key = ".".join(path) or "the body"
-        if e["type"] == "json_invalid": text, path = "the body must be JSON: " + str(e.get("ctx", {}).get("error", e["msg"])), []
-        elif e["type"] == "extra_forbidden": text = f"{key} is no known key; allowed: {', '.join(GenerateRequest.model_fields)}"
+        if e["type"] == "json_invalid":
+            text, path = "the body must be JSON: " + str(e.get("ctx", {}).get("error", e["msg"])), []
+        elif e["type"] == "extra_forbidden":
+            text = f"{key} is no known key; allowed: {', '.join(GenerateRequest.model_fields)}"
         elif e["type"] == "missing": text = f"{key} must be given"
         else:
             rule = e["msg"].replace("Input should", "must").replace("String should", "must")
@@ -675,7 +702,8 @@ from starlette.datastructures import Headers, MutableHeaders
 _CSP = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
         "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; object-src 'none'; "
         "base-uri 'self'; form-action 'self'; frame-ancestors 'self'")
-_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin",
+_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Opener-Policy": "same-origin",
             "Permissions-Policy": "camera=(), microphone=(), geolocation=()"}
 
 def may_enter(
@@ -706,7 +734,7 @@ class Door:
         self.busy = 0       # requests under way, without the page's own streams
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] == "websocket": return await send({"type": "websocket.close", "code": 1008})    # there are none
+        if scope["type"] == "websocket": return await send({"type": "websocket.close", "code": 1008})  # there are none
         if scope["type"] != "http": return await self.app(scope, receive, send)
         headers, start, path = Headers(scope=scope), time.perf_counter(), scope["path"]
         given = headers.get("x-request-id", "")
@@ -723,7 +751,8 @@ class Door:
         except Exception as e:
             if not isinstance(e, HTTPException): log.exception("unexpected, request %s", scope["state"]["request_id"])
             if sent["status"]: raise
-            e = e if isinstance(e, HTTPException) else Problem(500, "something went wrong here; the request id finds it in the log")
+            ours = Problem(500, "something went wrong here; the request id finds it in the log")
+            e = e if isinstance(e, HTTPException) else ours
             await problem_response(e, path, scope["state"]["request_id"])(scope, receive, answer)
         finally:
             self.busy -= counted
@@ -749,7 +778,8 @@ def check(self:Door, scope, headers, receive):   # the guarded `receive`
         if whole: return await receive()                       # now it only waits for the caller to go away
         try: message = await asyncio.wait_for(receive(), max(.001, until - time.perf_counter()))
         except asyncio.TimeoutError:
-            raise Problem(408, f"the body must be complete within {self.limits.body_seconds:g} s", "slow", {"Connection": "close"}) from None
+            raise Problem(408, f"the body must be complete within {self.limits.body_seconds:g} s", "slow",
+                          {"Connection": "close"}) from None
         got, whole = got + len(message.get("body", b"")), not message.get("more_body", False)
         if got > most: raise too_large
         return message
@@ -774,7 +804,8 @@ class Service:
         prompt:str,       # what somebody typed
     )->str:               # the same for the same prompt, until the server is started again
         "What the log says instead of a prompt."
-        return prompt if self.log_prompts else hashlib.blake2b(prompt.encode("utf-8", "replace"), key=self.secret, digest_size=6).hexdigest()
+        if self.log_prompts: return repr(prompt)
+        return hashlib.blake2b(prompt.encode("utf-8", "replace"), key=self.secret, digest_size=6).hexdigest()
 
 # %% ../nbs/08_serving.ipynb #814ce539
 @patch
@@ -787,18 +818,23 @@ def place(self:Service,
     "Queue a request; raises `Problem`."
     if self.rate and not self.counter.hit(self.rate, client):
         again = max(1, math.ceil(self.counter.get_window_stats(self.rate, client).reset_time - time.time()))
-        raise Problem(429, f"{self.limits.rate} requests of one client are drawn; come back in {again} s", "rate", {"Retry-After": str(again)})
+        raise Problem(429, f"one client may ask {self.limits.rate}; come back in {again} s", "rate",
+                      {"Retry-After": str(again)})
     if ask.size is not None and ask.size not in self.about["sizes"]:
-        raise Problem(422, f"size must be one of {', '.join(map(str, self.about['sizes']))}, got {ask.size}", "invalid")
+        near = min(self.about["sizes"], key=lambda s: abs(s - ask.size))
+        raise Problem(422, f"size must be one that /version lists, such as {near}, got {ask.size}", "invalid")
     if ask.n > 1 and ask.answer == "image":
         raise Problem(422, f"answer must be json for several pictures, got image for n = {ask.n}", "invalid")
     seed = new_seed() if ask.seed is None else ask.seed
     own = self.about["defaults"]
-    each = Ask(ask.prompt, seed, ask.steps or own["steps"], own["guidance_scale"] if ask.guidance is None else ask.guidance,
-               ask.size if ask.size != own["size"] else None, ask.format, preview, request_id)
+    guidance = own["guidance_scale"] if ask.guidance is None else ask.guidance
+    each = Ask(ask.prompt, seed, ask.steps or own["steps"], guidance, ask.size if ask.size != own["size"] else None,
+               ask.format, preview, request_id)
     log.info("%s draws %d of %s, seed %d", request_id, ask.n, self.hide(ask.prompt), seed)
-    try: return self.batcher.submit([replace(each, seed=seed + i) for i in range(ask.n)])
+    try: order = self.batcher.submit([replace(each, seed=seed + i) for i in range(ask.n)])
     except QueueFull as e: raise Problem(429, str(e), "queue-full", {"Retry-After": str(e.seconds)}) from None
+    order.wish = ask
+    return order
 
 # %% ../nbs/08_serving.ipynb #04b3477e
 import math
@@ -814,16 +850,18 @@ async def pictures(self:Service,
         done, _ = await asyncio.wait(waiting, timeout=self.limits.patience, return_when=asyncio.FIRST_COMPLETED)
         if order.result in done: return order.result.result()
         if done: raise Problem(499, "the caller has gone")
-        raise Problem(503, f"not drawn within {self.limits.patience:g} s; come back later", "busy", {"Retry-After": "10"})
+        raise Problem(503, f"not drawn within {self.limits.patience:g} s; come later", "busy", {"Retry-After": "10"})
     except OrderFailed as e: raise _failed(e.failure) from None
     finally:
         self.batcher.cancel(order)
         for t in waiting[1:]: t.cancel()
 
 def _failed(failure):
-    if failure.kind == "refused": return Problem(422, failure.text, "invalid")
+    if failure.kind == "refused":                                  # without the name of the function that refused
+        return Problem(422, failure.text.partition(": ")[2] or failure.text, "invalid")
     if failure.kind == "died":
-        return Problem(503, "the picture was lost with the process that drew it; ask again", "worker", {"Retry-After": "2"})
+        return Problem(503, "the picture was lost with the process that drew it; ask again", "worker",
+                       {"Retry-After": "2"})
     return Problem(500, "the picture could not be drawn; the request id finds the reason in the log", "failed")
 
 # %% ../nbs/08_serving.ipynb #bb867d7a
@@ -833,8 +871,8 @@ class Drawn(BaseModel):
     media_type: str = Field(description="image/png or image/webp")
     seed: int = Field(description="ask with it for this picture alone")
     recipe: dict = Field(description="everything that the picture was made from")
-    nearest: str|None = Field(description="the most similar training picture's species; null where nothing is known about it")
-    percentile: int|None = Field(description="share of real pictures of other families that are less similar to theirs, 0 to 100")
+    nearest: str|None = Field(description="the most similar training picture's species; null where none are known")
+    percentile: int|None = Field(description="percent of real pictures that are less similar to theirs")
     copy_suspected: bool = Field(description="more similar than 95 % of real pictures, even after drawing it again")
     redrawn: bool = Field(description="the first drawing was such a suspect")
 
@@ -860,12 +898,13 @@ def answer_of(
     order:Order,              # finished
 )->Answer:                    # as it goes out
     "An order as JSON."
-    as_json = lambda a, p: Drawn(image=base64.b64encode(p.data).decode(), media_type=_TYPES[a.format], seed=p.recipe["seed"],
-                              recipe=p.recipe, nearest=p.near.get("nearest"), percentile=p.near.get("percentile"),
-                              copy_suspected=p.near.get("copy", False), redrawn=p.redrawn)
-    now = time.perf_counter()
-    return Answer(images=[as_json(a, p) for a, p in zip(order.asks, order.made)], waited=round(order.started - order.placed, 4),
-                  painted=round(now - order.started, 4))
+    as_json = lambda a, p: Drawn(
+        image=base64.b64encode(p.data).decode(), media_type=_TYPES[a.format], seed=p.recipe["seed"], recipe=p.recipe,
+        nearest=p.near.get("nearest"), percentile=p.near.get("percentile"), copy_suspected=p.near.get("copy", False),
+        redrawn=p.redrawn)
+    waited, painted = order.started - order.placed, time.perf_counter() - order.started
+    return Answer(images=[as_json(a, p) for a, p in zip(order.asks, order.made)], waited=round(waited, 4),
+                  painted=round(painted, 4))
 
 # %% ../nbs/08_serving.ipynb #d4cd50d2
 from collections.abc import AsyncIterable
@@ -889,18 +928,22 @@ def _add_generate(app, service):
         return service.place(ask, _client(request), request.state.request_id, request.url.path.endswith("stream"))
     async def order(ask:GenerateRequest, request:Request)->Order: return place(ask, request)
 
-    @app.post("/generate", response_model=Answer, summary="A prompt in, pictures out", responses=_PROBLEMS | {
-        200: {"content": {"image/png": {}, "image/webp": {}}, "description": "the picture (X-Seed says its seed), or JSON"}})
-    async def generate(order:Annotated[Order, Depends(order)], ask:GenerateRequest, request:Request)->Response:
+    good = {"content": {"image/png": {}, "image/webp": {}}, "description": "the picture (X-Seed: its seed), or JSON"}
+    @app.post("/generate", response_model=Answer, summary="A prompt in, pictures out",
+              responses=_PROBLEMS | {200: good})
+    async def generate(order:Annotated[Order, Depends(order)], request:Request)->Response:
         made = await service.pictures(order, _hung_up(request))
-        answer, p = answer_of(order), made[0]
+        answer, p, ask = answer_of(order), made[0], order.wish
         headers = {"X-Seed": str(p.recipe["seed"]), "Cache-Control": "no-store",
                    "Server-Timing": f"wait;dur={1000 * answer.waited:.0f}, paint;dur={1000 * answer.painted:.0f}"}
-        if p.near: headers["X-Nearest"] = f"{quote(p.near['nearest'])}; percentile={p.near['percentile']}; copy={int(p.near['copy'])}"
-        if ask.answer == "json" or (ask.n > 1 and not ask.answer): return JSONResponse(answer.model_dump(), headers=headers)
+        if near := p.near:
+            headers["X-Nearest"] = quote(near["nearest"]) + f"; percentile={near['percentile']}; copy={near['copy']:d}"
+        if ask.answer == "json" or (ask.n > 1 and not ask.answer):
+            return JSONResponse(answer.model_dump(), headers=headers)
         return Response(p.data, media_type=_TYPES[ask.format], headers=headers)
 
-    @app.post("/generate/stream", response_class=EventSourceResponse, responses=_PROBLEMS, summary="The same with news on the way")
+    @app.post("/generate/stream", response_class=EventSourceResponse, responses=_PROBLEMS,
+              summary="The same with news on the way")
     async def stream(order:Annotated[Order, Depends(order)], request:Request)->AsyncIterable[ServerSentEvent]:
         async for event, data in _events(service, order):
             if event == "problem": data |= dict(instance=request.url.path, request_id=request.state.request_id)
@@ -918,7 +961,8 @@ async def _events(service, order):
         yield "done", answer_of(order).model_dump()
     except (Problem, asyncio.TimeoutError) as e:
         p = e if isinstance(e, Problem) else Problem(503, "not drawn in time; come back later", "busy")
-        yield "problem", dict(type=f"urn:pokemon_nb:{p.kind}", title=HTTPStatus(p.status_code).phrase, status=p.status_code, detail=p.detail)
+        yield "problem", dict(type=f"urn:pokemon_nb:{p.kind}", title=HTTPStatus(p.status_code).phrase,
+                              status=p.status_code, detail=p.detail)
     finally: service.batcher.cancel(order)
 
 # %% ../nbs/08_serving.ipynb #298d58d1
@@ -926,13 +970,14 @@ def _add_health(app, service):
     @app.get("/healthz", summary="Does the process answer", response_description="status")
     async def healthz()->dict: return dict(status="ok")
 
-    @app.get("/readyz", summary="Can it draw now", response_description="status, waiting", responses={503: _PROBLEMS[503]})
+    @app.get("/readyz", summary="Can it draw now", response_description="status, waiting",
+             responses={503: _PROBLEMS[503]})
     async def readyz()->dict:
         if not service.batcher.ready: raise Problem(503, "no worker is ready", "worker", {"Retry-After": "2"})
         return dict(status="ready", waiting=len(service.batcher.queue))
 
-    @app.get("/version", summary="What it is up with", response_description="version, checkpoint, settings, sizes, limits",
-             responses={401: _PROBLEMS[401]})
+    @app.get("/version", summary="What it is up with", responses={401: _PROBLEMS[401]},
+             response_description="version, checkpoint, settings, sizes, limits")
     async def version()->dict:
         import pokemon_nb
         keys = ("checkpoint", "model", "device", "runtime", "defaults", "sizes")
@@ -950,6 +995,16 @@ def _add_problems(app):
         rows = explain(e.errors())
         whole = Problem(422, "; ".join(r["detail"] for r in rows)[:1000], "invalid", errors=rows)
         return problem_response(whole, request.url.path, request.state.request_id)
+
+def _add_other_methods(app):
+    "405 for what an address does not do; the page, which is mounted at `/`, would say 404."
+    for route in [r for r in app.routes if getattr(r, "methods", None)]:
+        allowed = ", ".join(sorted(route.methods))
+        async def no(request:Request, allowed=allowed):
+            raise Problem(405, f"allowed here: {allowed}", "", {"Allow": allowed})
+        app.router.add_route(route.path, no, [m for m in _METHODS if m not in route.methods], include_in_schema=False)
+
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 def _add_metrics(app, service):
     from prometheus_fastapi_instrumentator import Instrumentator
@@ -1023,12 +1078,14 @@ def _add_docs(app):
 
 # %% ../nbs/08_serving.ipynb #86fe0b00
 _SYLLABLES = {
-    "normal": "pom nor tam bel", "fighting": "bruk kaz tor gan", "flying": "avi zeph plu sor", "poison": "vex tox mur gly",
+    "normal": "pom nor tam bel", "fighting": "bruk kaz tor gan", "flying": "avi zeph plu sor",
+    "poison": "vex tox mur gly",
     "ground": "dun mol ter gor", "rock": "gra petr bol kro", "bug": "chi skit lar mand", "ghost": "nyx whis umb shae",
     "steel": "fer klin alo magn", "fire": "pyr emb cin fla", "water": "aqu rip mar lun", "grass": "flo ver moss fen",
     "electric": "vol zap amp jol", "psychic": "psi men ora zen", "ice": "cry fro gla niv", "dragon": "dra wyr ryu tal",
     "dark": "noc mal rav dus", "fairy": "fay lil twi ros"}
-_MIDDLES, _ENDS = "a e i o u ara eli ino oru umi".split(), "dle lix mon nar pup quill ra saur sprite tuft wick zor".split()
+_MIDDLES = "a e i o u ara eli ino oru umi".split()
+_ENDS = "dle lix mon nar pup quill ra saur sprite tuft wick zor".split()
 
 def said_types(
     prompt:str,        # what was asked for
@@ -1050,9 +1107,10 @@ def invent_name(
 
 # %% ../nbs/08_serving.ipynb #44a576b6
 _INK, _PAPER = "#20242e", "#f6f3ea"
-_BADGES = dict(normal="#9a9a78", fighting="#b5302a", flying="#8a7fd0", poison="#93419a", ground="#b8963f", rock="#97853a", bug="#8a9a1f",
-               ghost="#5f4d85", steel="#8b8ba5", fire="#d9622b", water="#4a79d6", grass="#4f9f3c", electric="#c9a10f", psychic="#d94a78",
-               ice="#57a8a8", dragon="#5b35d0", dark="#5a483a", fairy="#cf7690")
+_BADGES = dict(
+    normal="#75755c", fighting="#b5302a", flying="#7468c4", poison="#93419a", ground="#8f7128", rock="#7d7030",
+    bug="#6f7c19", ghost="#5f4d85", steel="#6c6c86", fire="#c2501c", water="#3f6ac0", grass="#3f842f",
+    electric="#8f7208", psychic="#cb3c6a", ice="#387f7f", dragon="#5b35d0", dark="#5a483a", fairy="#b65577")
 
 def _wrap(draw, text, font, width, lines):
     "Break `text` into at most `lines` lines of `width` pixels."
@@ -1073,7 +1131,8 @@ def draw_card(
     import json
     from PIL import Image, ImageDraw, ImageFont
     font = lambda size: ImageFont.load_default(size)
-    types, card = said_types(recipe["prompt"]), Image.new("RGB", (420, 600), _BADGES[(said_types(recipe["prompt"]) or ["normal"])[0]])
+    types = said_types(recipe["prompt"])
+    card = Image.new("RGB", (420, 600), _BADGES[types[0] if types else "normal"])
     d = ImageDraw.Draw(card)
     d.rounded_rectangle((12, 12, 407, 587), 18, _PAPER)
     d.text((30, 28), invent_name(recipe, taken), _INK, font(30))
@@ -1085,12 +1144,15 @@ def draw_card(
     field.paste(big, (0, 0), big)
     card.paste(field, (30, 76))
     d.rectangle((30, 76, 389, 435), outline=_INK, width=2)
-    d.text((210, 452), f"{' and '.join(types).capitalize() or 'Unknown'} creature, drawn by a machine", _INK, font(15), anchor="mm")
-    for i, row in enumerate(_wrap(d, f"\"{recipe['prompt']}\"" if recipe["prompt"] else "drawn without words", font(15), 350, 3)):
+    kind = f"The {' and '.join(types) or 'unknown'} creature that nobody has met"
+    d.text((210, 452), kind, _INK, font(15), anchor="mm")
+    words = f'"{recipe["prompt"]}"' if recipe["prompt"] else "drawn without words"
+    for i, row in enumerate(_wrap(d, words, font(15), 350, 3)):
         d.text((34, 470 + 19 * i), row, _INK, font(15))
-    if near: d.text((34, 532), f"Nearest training species: {near['nearest']}, closer than {near['percentile']} % of real ones", _INK, font(12))
-    d.text((34, 550), f"GENERATED by pokemon_nb - no official Pokémon · seed {recipe['seed']}", _INK, font(11))
-    d.text((34, 566), f"{recipe.get('checkpoint', '')} · {recipe['steps']} steps · guidance {recipe['guidance_scale']:g}", _INK, font(11))
+    how = f"{recipe.get('checkpoint', '')} · {recipe['steps']} steps · guidance {recipe['guidance_scale']:g}"
+    like = f"Nearest training species: {near['nearest']}, closer than {near['percentile']} % of others" if near else ""
+    for y, line in ((532, like), (549, f"GENERATED by pokemon_nb, not official · seed {recipe['seed']}"), (566, how)):
+        d.text((34, y), line, _INK, font(12))
     card.info["pokemon_nb"] = json.dumps(recipe, sort_keys=True, ensure_ascii=False)
     return card
 
@@ -1101,15 +1163,18 @@ def read_recipe(
     "What a PNG of ours was made from; raises ValueError."
     import io, json
     from PIL import Image
+    refuse = lambda why: ValueError(f"read_recipe: the file must be {why}")
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as im: text = im.info.get("pokemon_nb")
-    except (OSError, SyntaxError, ValueError) as e: raise ValueError("read_recipe: the file must be a PNG that can be read") from e
-    if not isinstance(text, str): raise ValueError("read_recipe: the PNG must hold a recipe; only pictures and cards made here do")
+    except (OSError, SyntaxError, ValueError) as e: raise refuse("a PNG that can be read") from e
+    if not isinstance(text, str): raise refuse("a picture or card made here, with a recipe in it; this PNG has none")
     try:
         old = json.loads(text)
-        ask = GenerateRequest(prompt=old["prompt"], seed=old["seed"], steps=old["steps"], guidance=old["guidance_scale"], size=old.get("size"))
-    except (ValueError, TypeError, KeyError) as e: raise ValueError("read_recipe: the recipe in the PNG must be complete and within the limits") from e
-    return ask.model_dump(include={"prompt", "seed", "steps", "guidance", "size"}) | dict(checkpoint=str(old.get("checkpoint", ""))[:100])
+        ask = GenerateRequest(prompt=old["prompt"], seed=old["seed"], steps=old["steps"],
+                              guidance=old["guidance_scale"], size=old.get("size"))
+    except (ValueError, TypeError, KeyError) as e: raise refuse("one whose recipe is complete and within limits") from e
+    keys = {"prompt", "seed", "steps", "guidance", "size"}
+    return ask.model_dump(include=keys) | dict(checkpoint=str(old.get("checkpoint", ""))[:100])
 
 # %% ../nbs/08_serving.ipynb #619d6d20
 _EXAMPLES = ["a blue water pokemon with wings", "a small red fire creature on four legs",
@@ -1161,7 +1226,8 @@ def _controls(about):
     again = gr.UploadButton("Draw again from a PNG", file_types=[".png"], type="binary", size="sm")
     examples = gr.Examples([[p] for p in _EXAMPLES], prompt, label="For example")
     for p in pick:
-        p.input(lambda c, s, t: write_prompt(c, s, t, about["shapes"]), pick, prompt, api_visibility="private", show_progress="hidden")
+        p.input(lambda c, s, t: write_prompt(c, s, t, about["shapes"]), pick, prompt, api_visibility="private",
+                show_progress="hidden")
     return dict(prompt=prompt, n=n, seed=seed, steps=steps, guidance=guidance), go, reroll, again, examples
 
 # %% ../nbs/08_serving.ipynb #593bfbb0
@@ -1183,48 +1249,62 @@ def _gallery():
 # %% ../nbs/08_serving.ipynb #5aa9bb5c
 def _frames(shown, n):
     "Half-finished pictures as HTML that needs no file."
-    uri = lambda b: f"data:image/png;base64,{base64.b64encode(b).decode()}"
-    empty = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
-    return "<div>" + "".join(f'<img alt="picture {i + 1}, half finished" src="{uri(shown[i]) if i in shown else empty}">' for i in range(n)) + "</div>"
+    image = lambda b: f"image/png;base64,{base64.b64encode(b).decode()}"
+    empty = "image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
+    cell = lambda i, src: f'<img alt="picture {i + 1}, half finished" src="data:{src}">'
+    cells = (cell(i, image(shown[i]) if i in shown else empty) for i in range(n))
+    return f"<div>{''.join(cells)}</div>"
 
 def _likeness(near):
     "What is known about training pictures, in a sentence."
     if not near: return ""
-    said = f"Nearest training species: **{near['nearest']}**; {near['percentile']} % of real pictures of other families are less similar to theirs."
+    said = (f"Nearest training species: **{near['nearest']}**; {near['percentile']} % of real pictures of other "
+            "families are less similar to theirs.")
     return said + (" **This one may be a copy.**" if near["copy"] else "")
 
-def _paint_handler(service):
-    "What the button calls."
+def _finished(service, order):
+    "What the right half shows when an order is complete."
     import io
     import gradio as gr
     from PIL import Image
+    made, ask = order.made, order.asks[0]
+    images, known = [Image.open(io.BytesIO(p.data)) for p in made], [(p.recipe, p.near) for p in made]
+    captions = [f"seed {p.recipe['seed']}" + (" · may be a copy" if p.near.get("copy") else "") for p in made]
+    shown = gr.Gallery(list(zip(images, captions)), columns=min(4, math.ceil(len(made)**.5)), selected_index=None)
+    note = (f"{len(made)} picture{'s' * (len(made) > 1)} in {time.perf_counter() - order.placed:.1f} s · "
+            f"{ask.steps} steps · guidance {ask.guidance:g}")
+    card = draw_card(images[0], *known[0], service.about["species"])
+    return gr.HTML("", visible=False), shown, note, ask.seed, (images, known), card, _likeness(known[0][1])
+
+def _paint_handler(service):
+    "What the button calls."
+    import gradio as gr
+    patience, rest = service.limits.patience, [gr.skip()] * 4
     async def paint(prompt, n, seed, steps, guidance, request:gr.Request):
-        order = None
+        order, shown, n = None, {}, int(n)
+        client = request.client.host if request and request.client else "page"
         try:
-            ask = GenerateRequest(prompt=prompt or "", n=int(n), seed=None if seed is None else int(seed), steps=int(steps), guidance=float(guidance))
-            order, shown = service.place(ask, request.client.host if request and request.client else "page", secrets.token_hex(8), preview=True), {}
-            yield gr.HTML(_frames({}, ask.n), visible=True), gr.skip(), "waiting for the painter", gr.skip(), gr.skip(), gr.skip(), gr.skip()
-            while (news := await asyncio.wait_for(order.news.get(), service.limits.patience))[0] != "end":
-                if not news[1].get("preview"): continue
-                shown[news[1]["picture"]] = news[1]["preview"]
-                yield _frames(shown, ask.n), gr.skip(), f"step {news[1]['done']} of {news[1]['total']}", gr.skip(), gr.skip(), gr.skip(), gr.skip()
-            made = await service.pictures(order)
-        except ValueError as e: raise gr.Error(_sentence(e), title="Not painted", print_exception=False) from None
-        except asyncio.TimeoutError: raise gr.Error("Nothing came in time; try again later.", title="Not painted", print_exception=False) from None
-        except Problem as e: raise gr.Error(str(e.detail), title="Not painted", print_exception=False) from None
+            ask = GenerateRequest(prompt=prompt or "", n=n, seed=None if seed is None else int(seed), steps=int(steps),
+                                  guidance=float(guidance))
+            order = service.place(ask, client, secrets.token_hex(8), preview=True)
+            yield gr.HTML(_frames({}, n), visible=True), gr.skip(), "waiting for the painter", *rest
+            while (news := await asyncio.wait_for(order.news.get(), patience))[0] != "end":
+                if not (image := news[1]["preview"]): continue
+                shown[news[1]["picture"]] = image
+                yield _frames(shown, n), gr.skip(), f"step {news[1]['done']} of {news[1]['total']}", *rest
+            await service.pictures(order)
+            yield _finished(service, order)
+        except (ValueError, Problem, asyncio.TimeoutError) as e:
+            raise gr.Error(_sentence(e), title="Not painted", print_exception=False) from None
         finally:
             if order: service.batcher.cancel(order)
-        images, known = [Image.open(io.BytesIO(p.data)) for p in made], [(p.recipe, p.near) for p in made]
-        captions = [f"seed {p.recipe['seed']}" + (" · may be a copy" if p.near.get("copy") else "") for p in made]
-        shown = gr.Gallery(list(zip(images, captions)), columns=min(4, math.ceil(len(made)**.5)), selected_index=None)
-        note = f"{len(made)} picture{'s' * (len(made) > 1)} in {time.perf_counter() - order.placed:.1f} s · {ask.steps} steps · guidance {ask.guidance:g}"
-        card = draw_card(images[0], *known[0], service.about["species"])
-        yield gr.HTML("", visible=False), shown, note, order.asks[0].seed, (images, known), card, _likeness(known[0][1])
     return paint
 
 def _sentence(error):
-    "Pydantic's errors as one sentence; ours are one already."
-    return "; ".join(r["detail"] for r in explain(error.errors())) if hasattr(error, "errors") else str(error)
+    "What went wrong, for a person at a page."
+    if isinstance(error, asyncio.TimeoutError): return "nothing came in time; try again later"
+    if hasattr(error, "errors"): return "; ".join(r["detail"] for r in explain(error.errors()))       # pydantic's
+    return getattr(error, "detail", None) or str(error)
 
 # %% ../nbs/08_serving.ipynb #71509b42
 def _card_handlers(service):
@@ -1232,11 +1312,14 @@ def _card_handlers(service):
     import gradio as gr
     def choose(kept, event:gr.SelectData):
         images, known = kept
-        return draw_card(images[event.index], *known[event.index], service.about["species"]), _likeness(known[event.index][1])
+        image, (recipe, near) = images[event.index], known[event.index]
+        return draw_card(image, recipe, near, service.about["species"]), _likeness(near)
     def redraw(file):
         try: old = read_recipe(file)
-        except ValueError as e: raise gr.Error(str(e).partition(": ")[2], title="Not painted", print_exception=False) from None
-        if old["checkpoint"] != service.about["checkpoint"]: gr.Warning(f"made by {old['checkpoint']}; here draws {service.about['checkpoint']}")
+        except ValueError as e:
+            raise gr.Error(str(e).partition(": ")[2], title="Not painted", print_exception=False) from None
+        if (here := service.about["checkpoint"]) != old["checkpoint"]:
+            gr.Warning(f"made by {old['checkpoint']}; here draws {here}, which will draw something else")
         return old["prompt"], 1, old["seed"], old["steps"], old["guidance"]
     return choose, redraw
 
@@ -1253,10 +1336,12 @@ def build_page(
         with gr.Row():
             with gr.Column(scale=5, min_width=300): inputs, go, reroll, again, examples = _controls(service.about)
             with gr.Column(scale=6, min_width=300): preview, pictures, note, card, likeness = _gallery()
-        gr.Markdown(f"{service.about['model']} · [the HTTP interface](docs)\n\nA fan project for research, not affiliated with "
-                    "Nintendo, Creatures Inc., GAME FREAK inc. or The Pokémon Company.")
-        call = dict(fn=_paint_handler(service), inputs=list(inputs.values()), show_progress="minimal", show_progress_on=note,
-                    outputs=[preview, pictures, note, inputs["seed"], kept, card, likeness], trigger_mode="once")
+        gr.Markdown(f"{service.about['model']} · [the HTTP interface](docs)\n\n"
+                    "A fan project for research, not affiliated with Nintendo, Creatures Inc., GAME FREAK inc. or "
+                    "The Pokémon Company.")
+        call = dict(fn=_paint_handler(service), inputs=list(inputs.values()), show_progress="minimal",
+                    show_progress_on=note, trigger_mode="once",
+                    outputs=[preview, pictures, note, inputs["seed"], kept, card, likeness])
         gr.on([go.click, inputs["prompt"].submit], api_name="paint", **call)
         private = dict(api_visibility="private")
         reroll.click(lambda: new_seed(10**5), None, inputs["seed"], **private).then(**call, **private)
@@ -1283,30 +1368,35 @@ def create_app(
 )->FastAPI:                         # `app.state.service` is behind it; run with its lifespan
     "One application: the interface, its health and metrics, and the page at `/`; raises ValueError."
     import contextlib, os
-    threads = max(1, len(os.sched_getaffinity(0)) // workers) if hasattr(os, "sched_getaffinity") else 0
-    options = dict(checkpoint=checkpoint, device=device, runtime=runtime, data=data, guard=guard, threads=threads if process else 0)
+    options = dict(checkpoint=checkpoint, device=device, runtime=runtime, data=data, guard=guard)
+    if workers > 1: options["threads"] = max(1, os.cpu_count() // workers)
     batcher = Batcher([Worker(options, process) for _ in range(workers)], limits)
     for w in batcher.workers: w.launch()
     if page: import gradio as gr
     try: about = [w.ready.result() for w in batcher.workers][0]
-    except WorkerDied as e: raise ValueError("create_app: the worker died while it was loading; is there enough memory?") from e
+    except WorkerDied as e:
+        raise ValueError("create_app: the worker died while it was loading; is there enough memory?") from e
     @contextlib.asynccontextmanager
     async def lifespan(app):
         await batcher.start()
         yield
         await batcher.stop()
-    app = FastAPI(title="pokemon_nb", description="Words in, a creature out.", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="pokemon_nb", description="Words in, a creature out.", docs_url=None, redoc_url=None,
+                  lifespan=lifespan)
     app.state.service = service = Service(batcher, about, log_prompts)
     for add in (_add_generate, _add_health): add(app, service)
-    _add_problems(app); _add_metrics(app, service); _add_docs(app)
+    _add_problems(app); _add_metrics(app, service); _add_docs(app); _add_other_methods(app)
     if cors:
         from fastapi.middleware.cors import CORSMiddleware
-        app.add_middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["POST"], allow_headers=["*"], expose_headers=["X-Seed"])
-    app.add_middleware(Door, limits=batcher.limits, embed=embed, key=os.environ.get("POKEMON_API_KEY", "") if key is None else key)
+        app.add_middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["POST"], allow_headers=["*"],
+                           expose_headers=["X-Seed", "X-Nearest", "X-Request-ID"])
+    key = os.environ.get("POKEMON_API_KEY", "") if key is None else key
+    app.add_middleware(Door, limits=batcher.limits, embed=embed, key=key)
     if page:
         gr.mount_gradio_app(app, build_page(service), path="/", theme=gr.themes.Soft(primary_hue="indigo", **_FONTS),
                             css=_CSS, footer_links=[], run_history=False, ssr_mode=False, mcp_server=False,
                             enable_monitoring=False, pwa=False, max_file_size=batcher.limits.upload, show_error=True)
+        _add_problems(app.routes[-1].app)
     return app
 
 # %% ../nbs/08_serving.ipynb #c7926423
@@ -1341,7 +1431,8 @@ def _default_port():
 async def _serve(app, sock, seconds):
     "Run until told to end; then answer what was accepted, for at most `seconds`."
     import uvicorn
-    config = uvicorn.Config(app, timeout_graceful_shutdown=seconds, access_log=False, server_header=False, timeout_keep_alive=30)
+    config = uvicorn.Config(app, timeout_graceful_shutdown=seconds, access_log=False, server_header=False,
+                            timeout_keep_alive=30)
     server, service = uvicorn.Server(config), app.state.service
     async def drain():
         while not server.should_exit: await asyncio.sleep(.1)
