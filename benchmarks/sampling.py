@@ -5,20 +5,35 @@
 
 DATA is a captioned dataset folder. Every point draws the same captions of the test split with the same seeds at the
 checkpoint's own guidance scale; KID and FD are against the test split, `calls` counts every call of every network.
+A second table changes the guidance scale, and the noise levels at which it acts, at the checkpoint's own sampler and
+steps, with the shares of colours, shapes and types that are read back for unseen combinations (relative to real ones).
 Points that are already in OUT/sampling.json are not drawn again.
 """
 
 import json
 from pathlib import Path
 
-
 from fastcore.script import call_parse
 
 from pokemon_nb.data import write_atomic
 from pokemon_nb.ddpm import SAMPLERS, load_pipeline
-from pokemon_nb.metrics import Judge, copy_rate, draw, features, frechet_distance, jackknife, kid, load_reader, plain
+from pokemon_nb.metrics import (
+    Judge,
+    attributes,
+    copy_rate,
+    draw,
+    features,
+    frechet_distance,
+    jackknife,
+    kid,
+    load_reader,
+    plain,
+    unseen_prompts,
+)
 
 STEPS = (2, 3, 4, 5, 6, 8, 12, 16, 24)
+GUIDANCE = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+INTERVALS = ((0.0, 2.0), (0.3, 1e9), (0.3, 5.0))
 
 
 def point(pipe, judge: Judge, captions: list[str], **settings) -> dict:
@@ -28,6 +43,16 @@ def point(pipe, judge: Judge, captions: list[str], **settings) -> dict:
     figures = {"kid": jackknife(kid, f, test), "fd": jackknife(frechet_distance, f, test, rounds=20)}
     nfe = pipe(captions[0], seed=0, output_type="pt", **settings).nfe
     return {"calls": nfe} | plain(figures | {"copy_rate": copy_rate(judge.detector, x)})
+
+
+def guided(pipe, judge: Judge, captions: list[str], scale: float, interval: tuple[float, float]) -> dict:
+    "As `point`, and how the prompts are followed."
+    pipe.register_to_config(guidance_interval=interval)
+    asked = unseen_prompts(judge.records["train"], 300)
+    read = judge.faithfulness(
+        draw(pipe, [w.prompt for w in asked], guidance_scale=scale), attributes([w.record() for w in asked])
+    )
+    return point(pipe, judge, captions, guidance_scale=scale) | plain(read)
 
 
 def curves(rows: dict, file: Path):
@@ -56,14 +81,15 @@ def main(
     teacher: str = "",  # checkpoint of the undistilled network: drawn in 50 steps
     out: str = "runs/sampling",  # sampling.json and sampling.png
     n: int = 1000,  # pictures a point
+    only: str = "",  # "steps" or "guidance": this table only
 ):
-    "Draw what is missing, then print the table."
+    "Draw what is missing, then print the tables."
     pipe, file = load_pipeline(checkpoint or None, "cpu"), Path(out) / "sampling.json"
     judge = Judge(data, load_reader(), pipe.config.sample_size)
     test = [r["text"] for r in judge.records["test"]]
     captions = [test[i % len(test)] for i in range(n)]
     rows = json.loads(file.read_text()) if file.exists() else {}
-    for sampler in SAMPLERS:
+    for sampler in SAMPLERS if only != "guidance" else ():
         for steps in STEPS:
             key = f"{sampler} {steps}"
             if key not in rows and not (sampler == "heun" and steps > 8):
@@ -72,7 +98,14 @@ def main(
     if teacher and "teacher" not in rows:
         rows["teacher"] = point(load_pipeline(teacher, "cpu"), judge, captions, num_inference_steps=50)
         write_atomic(file, json.dumps(rows, indent=1) + "\n")
+    always = tuple(pipe.config.guidance_interval)
+    for scale, interval in [(g, always) for g in GUIDANCE] + [(3.0, i) for i in INTERVALS] if only != "steps" else ():
+        key = f"guidance {scale:g} at sigma {interval[0]:g} to {interval[1]:g}"
+        if key not in rows:
+            rows[key] = guided(pipe, judge, captions, scale, interval)
+            write_atomic(file, json.dumps(rows, indent=1) + "\n")
     curves(rows, file.with_suffix(".png"))
-    print("| sampler, steps | calls | KID | FD | copy rate |\n| --- | --- | --- | --- | --- |")
+    heads = ("kid", "fd", "copy_rate", "colour", "pixels", "shape", "type")
+    print(f"| setting | calls | {' | '.join(heads)} |\n| --- | --- |{' --- |' * len(heads)}")
     for key, r in rows.items():
-        print(f"| {key} | {r['calls']:g} | {r['kid'][0]:.4f} | {r['fd'][0]:.1f} | {r['copy_rate'][0]:.3f} |")
+        print(f"| {key} | {r['calls']:g} | {' | '.join(f'{r[h][0]:.3f}' if h in r else '' for h in heads)} |")
