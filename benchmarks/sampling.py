@@ -31,7 +31,7 @@ from pokemon_nb.metrics import (
     unseen_prompts,
 )
 
-STEPS = (2, 3, 4, 5, 6, 8, 12, 16, 24)
+STEPS = (2, 3, 4, 6, 8, 16)
 GUIDANCE = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 INTERVALS = ((0.0, 2.0), (0.3, 1e9), (0.3, 5.0))
 
