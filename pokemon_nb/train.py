@@ -10,7 +10,7 @@ __all__ = ['RIGHTS', 'CARD', 'JUDGED', 'refuse_unknown', 'require', 'DataConfig'
            'MuonAdamW', 'split_matrices', 'lr_factor', 'JSONLLogger', 'read_metrics', 'git_commit', 'environment',
            'best_precision', 'model_card', 'judged_tables', 'save_checkpoint', 'sample_grid', 'Snapshot', 'speak',
            'prepare', 'start_run', 'make_trainer', 'make_loggers', 'train', 'forget_run', 'fit', 'plot_metrics',
-           'finish', 'publish', 'pokemon_train']
+           'finish', 'same_latents', 'publish', 'pokemon_train']
 
 # %% ../nbs/05_train.ipynb #2417678b
 import difflib
@@ -1091,6 +1091,19 @@ def finish(
 from .metrics import evaluate, plain
 
 
+def same_latents(
+    pipe:PokemonPipeline,    # draws latents
+    folder:str|Path,         # as for `load_codec`
+)->torch.nn.Module:          # the codec in `folder`
+    "Load a codec that may replace the pipeline's; raises ValueError unless both encode alike."
+    if not pipe.codec: raise ValueError("codec: this run draws pixels, so there is no codec to replace")
+    other = load_codec(folder, pipe.channels, pipe.config.sample_size)
+    x0 = torch.rand(2, pipe.channels, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    if not torch.allclose(pipe.codec.encode(x0), other.encode(x0), atol=1e-4):
+        raise ValueError(f"codec: {folder} encodes pictures otherwise than the codec of the run; train the run anew")
+    return other
+
+
 def publish(
     run:str|Path,            # run folder
     out:str|Path,            # checkpoint folder to write; replaced as a whole
@@ -1099,6 +1112,7 @@ def publish(
     guidance:float|None=None,# default guidance scale
     base:str|Path|None=None, # run or checkpoint whose first stage replaces the run's own; None = keep it
     weak:str|Path|None=None, # run or checkpoint of a worse first stage for autoguidance, see `autoguidance`
+    codec:str|Path|None=None,# codec whose decoder learned on while the run learned its latents; None = the run's own
     data:str|Path|None=None, # captioned dataset folder: judge the copy on its test split, for the card; None = do not
     n:int=1000,              # pictures to judge
     unseen:int=300,          # prompts of unseen combinations
@@ -1115,6 +1129,7 @@ def publish(
         pipe.register_modules(unet=other.unet, scheduler=other.scheduler, weak=other.weak)
         pipe.register_to_config(guidance=other.config.guidance, autoguidance=other.config.autoguidance)
     if weak: pipe.register_modules(weak=load_pipeline(weak, "cpu").unet)
+    if codec: pipe.register_modules(codec=same_latents(pipe, codec))
     process = {k: v for k, v in pipe.scheduler.config.items() if k[0] != "_"}
     refuse_unknown(set(changes), {*process, *pipe.config} - {"unet", "upsampler", "weak", "scheduler"}, "setting")
     pipe.register_modules(scheduler=NoiseProcess(**process | {k: v for k, v in changes.items() if k in process}))
