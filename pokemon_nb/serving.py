@@ -11,7 +11,7 @@ __all__ = ['RUNTIMES', 'log', 'GenerateRequest', 'Limits', 'new_seed', 'next_see
 
 # %% ../nbs/08_serving.ipynb #ccdc2c79
 from typing import Literal
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 class GenerateRequest(BaseModel):
     "What `POST /generate` takes."
@@ -24,11 +24,17 @@ class GenerateRequest(BaseModel):
     steps: int|None = Field(None, ge=1, le=100, description="sampler steps, 1 to 100; more is slower and finer")
     guidance: float|None = Field(None, ge=0, le=30, allow_inf_nan=False,
                                  description="how strongly the words push, 0 to 30; 1 = as trained")
-    size: int|None = Field(None, ge=8, le=256,
+    size: int|None = Field(None, ge=8, le=128,
                            description="side in pixels; /version lists the sizes; left out = as trained")
     format: Literal["png", "webp"] = Field("png", description="png, or webp (lossless)")
     answer: Literal["image", "json"]|None = Field(
         None, description="image = the picture itself, for n = 1; json = base64; left out = json for several pictures")
+
+    @field_validator("n", "seed", "steps", "size", mode="before")
+    @classmethod
+    def whole(cls, v):
+        "JSON knows only numbers: 4.0 is as whole as 4. Texts and truth values stay what they are, and are refused."
+        return int(v) if isinstance(v, float) and v.is_integer() else v
 
 # %% ../nbs/08_serving.ipynb #b1d75649
 from dataclasses import asdict, dataclass, replace
@@ -41,6 +47,7 @@ class Limits:
     window:float = .004          # seconds that an idle worker waits for company
     patience:float = 60.         # seconds after which a caller is told to come back
     rate:str = "300/minute"      # requests of one client that draw; "" = any number
+    work:int = 1600              # pictures x steps x area (in areas of the checkpoint's own size) of one request
     body:int = 64 * 1024         # bytes of a request
     upload:int = 4 * 1024**2     # bytes of a picture that the page is to draw again
     body_seconds:float = 10.     # seconds until the whole body must have come
@@ -240,7 +247,7 @@ def about(self:Painter)->dict:   # plain values only: it travels through a pipe
         return True
     return dict(checkpoint=self.name, model=self.pipe.describe(self.name), device=str(self.pipe.device),
                 runtime=self.runtime, defaults=own | dict(size=self.pipe.config.sample_size),
-                sizes=[s for s in range(8, 257) if can(s)], colours=list(COLOURS), types=list(TYPES),
+                sizes=[s for s in range(8, 129) if can(s)], colours=list(COLOURS), types=list(TYPES),
                 shapes={s: SHAPE_WORDS[s][0] for s in SHAPES if s in SHAPE_WORDS},
                 species=self.near.species if self.near else [], training=len(self.near.names) if self.near else 0)
 
@@ -823,10 +830,14 @@ def place(self:Service,
     if ask.size is not None and ask.size not in self.about["sizes"]:
         near = min(self.about["sizes"], key=lambda s: abs(s - ask.size))
         raise Problem(422, f"size must be one that /version lists, such as {near}, got {ask.size}", "invalid")
+    own = self.about["defaults"]
+    work = ask.n * (ask.steps or own["steps"]) * ((ask.size or own["size"]) / own["size"])**2
+    if work > max(self.limits.work, ask.n * own["steps"]):
+        raise Problem(422, f"n x steps x area must be at most {self.limits.work} times one step of one picture of "
+                           f"{own['size']} px, got {work:g}", "invalid")
     if ask.n > 1 and ask.answer == "image":
         raise Problem(422, f"answer must be json for several pictures, got image for n = {ask.n}", "invalid")
     seed = new_seed() if ask.seed is None else ask.seed
-    own = self.about["defaults"]
     guidance = own["guidance_scale"] if ask.guidance is None else ask.guidance
     each = Ask(ask.prompt, seed, ask.steps or own["steps"], guidance, ask.size if ask.size != own["size"] else None,
                ask.format, preview, request_id)
@@ -915,8 +926,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 _PROBLEMS = {s: {"model": ProblemDetails, "description": d, "content": {"application/problem+json": {}}} for s, d in {
-    401: "no API key", 408: "the body came too slowly", 413: "the body is too large", 422: "refused; detail says why",
-    429: "too many requests; Retry-After says when to come back", 500: "our fault", 503: "no worker"}.items()}
+    400: "no body that can be read", 401: "no API key", 408: "the body came too slowly", 413: "the body is too large",
+    422: "refused; detail says why", 429: "too many requests; Retry-After says when to come back", 500: "our fault",
+    503: "no worker"}.items()}
 
 async def _hung_up(request):
     while (await request.receive())["type"] != "http.disconnect": pass

@@ -90,7 +90,9 @@ def test_the_three_shapes_of_an_answer(client):
     (b'{"prompt": "x", "steps": "8"}', "got '8'"), (b'{"prompt": "x", "steps": true}', "got 'True'"),
     (b'{"prompt": "x", "seed": -1}', "seed must be greater"), (b'{"prompt": "x", "n": 17}', "n must be less"),
     (b'{"prompt": "x", "seed": 1' + b"0"*30 + b"}", "seed"), (b'{"prompt": "x", "size": 17}', "size must be one that"),
-    (b'{"prompt": "x", "guidance": NaN}', "guidance"), (b'{"prompt": "x", "format": "gif"}', "format must be"),
+    (b'{"prompt": "x", "guidance": NaN}', "guidance"),
+    (b'{"prompt": "x", "n": 16, "steps": 50, "size": 64}', "at most 1600 times"),
+    (b'{"prompt": "x", "format": "gif"}', "format must be"),
     (b'{"prompt": "x", "guidance": -0.1}', "got '-0.1'"), (b'{"\\ud83d": 1, "prompt": ""}', "unicode"),
     (b"\xff", "body")])
 def test_bad_input_is_refused_in_one_line(client, body, says):
@@ -418,7 +420,7 @@ def served(checkpoint):
         try:
             if httpx.get(f"{url}/readyz").status_code == 200: break
         except httpx.TransportError: pass
-        assert p.poll() is None and time.time() < start + 120, p.stdout.read() if p.poll() is not None else "too slow"
+        assert p.poll() is None and time.time() < start + 300, p.stdout.read() if p.poll() is not None else "too slow"
         time.sleep(.2)
     yield p, url
     if p.poll() is None: p.kill()
