@@ -631,13 +631,13 @@ def load_pipeline(
     folder = find_checkpoint(path)
     try:
         index = json.loads((folder / "model_index.json").read_text())
-        name, parts = index["_class_name"], [v[0] for v in index.values() if isinstance(v, list)]
+        name, parts = index["_class_name"], [v[0] for v in index.values() if isinstance(v, list) and v]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"checkpoint: {folder}/model_index.json is damaged: {e}") from e
     if name != "PokemonPipeline":
         raise ValueError(f"checkpoint: {folder} holds a {name}, not a PokemonPipeline; load it with diffusers")
     for part in parts:                                 # diffusers asks for it; a codec comes from a later chapter
-        if part and part.startswith("pokemon_nb."): importlib.import_module(part)
+        if str(part).startswith("pokemon_nb."): importlib.import_module(part)
     diffusers_logging.disable_progress_bar()           # two small files need no bar
     try: pipe = PokemonPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
     except Exception as e:           # whatever a damaged file makes the loaders raise, the folder is what is wrong
