@@ -25,7 +25,7 @@ RUN grep -i '^torch==' /tmp/src/constraints.txt > /tmp/src/torch.txt && \
 FROM base AS code
 COPY setup.py settings.ini README.md LICENSE /tmp/code/
 COPY pokemon_nb /tmp/code/pokemon_nb
-RUN pip install --no-deps /tmp/code && rm -rf /tmp/code
+RUN chmod -R a+rX /tmp/code && pip install --no-deps /tmp/code && rm -rf /tmp/code
 
 # ---- builds and checks the dataset: docker run -v "$PWD/data:/app/data" pokemon_nb:data --source critters
 FROM code AS data

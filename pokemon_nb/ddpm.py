@@ -8,7 +8,7 @@ __all__ = ['PREDICTIONS', 'GUIDANCE', 'SAMPLERS', 'add_noise', 'check_steps', 'E
            'CountCalls', 'make_hint', 'shrink', 'Enlarge', 'no_callback', 'sample_ddim', 'sample_ddpm', 'sample_heun',
            'sample_dpmpp_2m', 'NoiseProcess', 'PokemonOutput', 'PokemonPipeline', 'picture_generators', 'clamped',
            'check_call', 'is_checkpoint', 'find_checkpoint', 'load_pipeline', 'pick_device', 'png_bytes', 'slug',
-           'ShortParam', 'save_pictures', 'writable_folder', 'pokemon_generate']
+           'ShortParam', 'save_pictures', 'writable_folder', 'png_recipe', 'pokemon_generate']
 
 # %% ../nbs/04_ddpm.ipynb #dcf56189
 import math
@@ -675,6 +675,7 @@ def describe(self:PokemonPipeline,
 
 # %% ../nbs/04_ddpm.ipynb #ce025309
 import io, os, re
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from .data import image_grid, write_atomic
 
@@ -733,9 +734,23 @@ def writable_folder(
     return Path(out)
 
 
+def png_recipe(
+    path:str|Path,   # a PNG made by `png_bytes`, or a card of chapter 08
+)->dict:             # prompt, seed, steps, guidance_scale, sampler, and what else it says
+    "What a picture was made from, read back from its file; raises ValueError."
+    refuse = lambda why: ValueError(f"--from: {path} must be a PNG made here, with its recipe in it: {why}")
+    try:
+        with Image.open(path, formats=["PNG"]) as im: recipe = json.loads(im.info["pokemon_nb"])
+        kinds = dict(prompt=str, seed=int, steps=int, guidance_scale=(int, float), sampler=str)
+        bad = [k for k, kind in kinds.items() if not isinstance(recipe[k], kind)]
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError) as e: raise refuse(f"{type(e).__name__}: {e}") from e
+    if bad: raise refuse(f"{bad[0]} is {recipe[bad[0]]!r}")
+    return recipe
+
+
 @call_parse
 def pokemon_generate(
-    prompt:str,                                       # what to draw, e.g. "a blue water pokemon with wings"
+    prompt:Param("what to draw, e.g. \"a blue water pokemon with wings\"", str, opt=False, nargs="?")=None,
     n:ShortParam("number of pictures", int)=1,
     seed:int=0,                                       # picture i gets seed+i; same seed, same image
     out:str="samples",                                # folder for the PNG files
@@ -744,16 +759,23 @@ def pokemon_generate(
     guidance:float=None,                              # guidance scale: 1 = none, 0 = ignore the prompt
     sampler:Param("sampler", str, choices=list(SAMPLERS))=None,
     device:Param("where to compute", str, choices=["auto", "cpu", "cuda", "mps"])="auto",
+    from_png:str="",                                  # draw a picture or card made here once more; --from is enough
 ):
-    "Draw pictures from a prompt."
+    "Draw pictures from a prompt, or one of them again from its file."
     with cli_errors():
         if not 1 <= n <= 256: raise ValueError(f"-n must be a whole number from 1 to 256, got {n}")
+        old = png_recipe(from_png) if from_png else {}
+        if old: prompt, seed, sampler = old["prompt"], old["seed"], old["sampler"]
+        if old: steps, guidance = old["steps"], old["guidance_scale"]
+        if prompt is None: raise ValueError("pokemon_generate: a prompt must be given, or --from PICTURE")
         check_prompt(prompt)
         folder = find_checkpoint(checkpoint or None)
         writable_folder(out)                               # before any compute, not after it
         pipe = load_pipeline(folder, device)
         print(f"using {pipe.describe(folder)}")
         pipe.set_progress_bar_config(disable=None)         # shown on a terminal only
-        made = pipe(prompt, n, steps, guidance, sampler, seed)
+        made = pipe(prompt, n, steps, guidance, sampler, seed, size=old.get("size"))
         used = dict(prompt=prompt, checkpoint="/".join(folder.parts[-2:])) | pipe.settings(steps, guidance, sampler)
+        if old.get("checkpoint", used["checkpoint"]) != used["checkpoint"]:
+            print(f"note: made by {old['checkpoint']}, which would have to be named with --checkpoint")
         save_pictures(made, Path(out), used)

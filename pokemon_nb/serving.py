@@ -150,10 +150,10 @@ def save_neighbours(
 ):
     "Write the table as float16 tensors, names as its metadata."
     import json
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     half = lambda x: x.half().contiguous()
     tensors = dict(basis=half(near.basis), forms=half(near.forms), real=near.real.contiguous())
-    save_file(tensors, path, dict(names=json.dumps(near.names), species=json.dumps(near.species)))
+    Path(path).write_bytes(save(tensors, dict(names=json.dumps(near.names), species=json.dumps(near.species))))
 
 def load_neighbours(
     path:str|Path,       # from `save_neighbours`
@@ -358,12 +358,14 @@ def work(
     try:
         painter = Painter(**options)
         painter.draw([Ask("a warm-up", steps=2)])                      # loads the text encoder
+    except Exception as e:
+        conn.send(("refused", str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"))
+        return conn.close()
+    try:
         conn.send(("ready", painter.about()))
         while (message := conn.recv())[0] != "stop":
             if message[0] == "paint" and not _paint_one(conn, painter, *message[1:]): break
     except (EOFError, OSError): pass                                    # the server has gone
-    except Exception as e:
-        conn.send(("refused", str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"))
     conn.close()
 
 def _paint_one(conn, painter, number, asks):
