@@ -182,9 +182,9 @@ class TorchServeHandler:
 
 # %% ../nbs/08a_deploy.ipynb #08a00014
 _HANDLER = '''"""What TorchServe calls; everything else is in the package."""
-from pokemon_nb.deploy import TorchServeHandler
+import pokemon_nb.deploy as deploy
 
-_it = TorchServeHandler()
+_it = deploy.TorchServeHandler()
 
 
 def initialize(context): _it.initialize(context)

@@ -1222,7 +1222,7 @@ def write_prompt(
 def _controls(about):
     "Left half of the page; returns its parts by name."
     import gradio as gr
-    prompt = gr.Textbox(label="Prompt", value=_EXAMPLES[0], lines=2, max_length=1000, autofocus=True,
+    prompt = gr.Textbox(label="Prompt", value=_EXAMPLES[0], lines=1, max_lines=4, max_length=1000, autofocus=True,
                         placeholder="words for a creature; leave empty for anything")
     with gr.Row():
         pick = [gr.Dropdown(["any", *about[k]], value="any", label=label, min_width=90)
@@ -1256,7 +1256,7 @@ def _gallery():
         back = gr.Radio(["checker", "white"], value="checker", label="Background", container=False, min_width=200)
     back.change(None, back, js=_ON_WHITE, api_visibility="private")
     card = gr.Image(label="Card of the chosen picture", elem_id="card", format="png", type="pil", interactive=False,
-                    buttons=["download", "fullscreen"])
+                    show_label=False, buttons=["download", "fullscreen"])
     likeness = gr.Markdown("")
     return preview, pictures, note, card, likeness
 
