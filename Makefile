@@ -50,11 +50,11 @@ serve: setup ## Serve the newest checkpoint: a page and an API on PORT
 
 test: setup ## Lint, run the notebooks, run the fast tests
 	$(MAKE) --no-print-directory lint
-	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: test ## The same and the slow tests
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 lint: setup ## ruff over notebooks, tests and benchmarks
 	$(BIN)/ruff check .
