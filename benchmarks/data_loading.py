@@ -28,7 +28,8 @@ from fastcore.script import Param, call_parse
 from torch.utils.data import DataLoader
 from train_throughput import Runner, call_ours
 
-from pokemon_nb.data import PokemonData, build_dataset
+from pokemon_nb.batches import PokemonData
+from pokemon_nb.data import build_dataset
 from pokemon_nb.shards import ShardData, StreamedDataset, write_shards
 from pokemon_nb.train import best_precision
 from pokemon_nb.unet import UNet

@@ -636,7 +636,7 @@ def load_pipeline(
         raise ValueError(f"checkpoint: {folder}/model_index.json is damaged: {e}") from e
     if name != "PokemonPipeline":
         raise ValueError(f"checkpoint: {folder} holds a {name}, not a PokemonPipeline; load it with diffusers")
-    for part in parts:                                 # diffusers asks for it; a codec comes from a later chapter
+    for part in parts:                                 # diffusers asks for what is already imported
         if str(part).startswith("pokemon_nb."): importlib.import_module(part)
     diffusers_logging.disable_progress_bar()           # two small files need no bar
     try: pipe = PokemonPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['family', 'memory_mib', 'box_mib', 'measure', 'cloud_run_service', 'deploy_commands', 'pokemon_deploy',
-           'TorchServeHandler', 'make_mar', 'pokemon_mar']
+           'deploy_command', 'TorchServeHandler', 'make_mar', 'pokemon_mar']
 
 # %% ../nbs/08a_deploy.ipynb #08a00005
 import math
@@ -89,7 +89,7 @@ def cloud_run_service(
 
 # %% ../nbs/08a_deploy.ipynb #08a0000f
 import re
-from fastcore.script import call_parse
+from fastcore.script import anno_parser, call_parse
 
 def deploy_commands(
     project:str,       # Google Cloud project
@@ -108,7 +108,6 @@ _RULES = dict(project="[a-z][a-z0-9-]{4,28}[a-z0-9]", region="[a-z]+-[a-z]+[0-9]
               name="[a-z]([a-z0-9-]{0,47}[a-z0-9])?", repository="[a-z]([a-z0-9-]{0,61}[a-z0-9])?",
               tag="[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
-@call_parse
 def pokemon_deploy(
     project:str,                 # Google Cloud project
     region:str="europe-west1",   # where it runs
@@ -139,6 +138,14 @@ def pokemon_deploy(
         if not dry_run: subprocess.run(command, check=True)
     print("Callers need the role run.invoker:",
           f"gcloud run services add-iam-policy-binding {name} --member=user:NAME --role=roles/run.invoker")
+
+def deploy_command():
+    "`pokemon_deploy` in a shell; its options are written with dashes, as gcloud's are, or with underscores."
+    parser = anno_parser(pokemon_deploy, "pokemon_deploy")
+    parser.add_argument("--dry-run", dest="dry_run", action="store_true", help="the same as --dry_run")
+    parser.add_argument("--key-secret", dest="key_secret", help="the same as --key_secret")
+    given = vars(parser.parse_args())
+    pokemon_deploy(**{k: v for k, v in given.items() if k not in ("pdb", "xtra")})
 
 # %% ../nbs/08a_deploy.ipynb #08a00012
 import json

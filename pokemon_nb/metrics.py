@@ -205,7 +205,7 @@ class LitReader(L.LightningModule):
 # %% ../nbs/04b_metrics.ipynb #4fb7b100
 import logging, warnings
 
-from .data import PokemonData
+from .batches import PokemonData
 
 def make_reader(
     data:str|Path,                               # dataset folder; only its training split is learned from

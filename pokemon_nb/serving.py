@@ -1257,7 +1257,7 @@ def _gallery():
     back.change(None, back, js=_ON_WHITE, api_visibility="private")
     card = gr.Image(label="Card of the chosen picture", elem_id="card", format="png", type="pil", interactive=False,
                     show_label=False, buttons=["download", "fullscreen"])
-    likeness = gr.Markdown("")
+    likeness = gr.HTML("", elem_id="likeness")
     return preview, pictures, note, card, likeness
 
 # %% ../nbs/08_serving.ipynb #5aa9bb5c
@@ -1270,11 +1270,26 @@ def _frames(shown, n):
     return f"<div>{''.join(cells)}</div>"
 
 def _likeness(near):
-    "What is known about training pictures, in a sentence."
+    "What is known about training pictures, in a sentence; with the nearest one, where the user has the pictures."
     if not near: return ""
-    said = (f"Nearest training species: **{near['nearest']}**; {near['percentile']} % of real pictures of other "
-            "families are less similar to theirs.")
-    return said + (" **This one may be a copy.**" if near["copy"] else "")
+    from html import escape
+    said = (f"Nearest training species: <b>{escape(near['nearest'])}</b>; {near['percentile']} % of real pictures of "
+            "other families are less similar to theirs.")
+    if near["copy"]: said += " <b>This one may be a copy.</b>"
+    return f"<p>{said}</p>{_thumbnail(near['file'], near['nearest']) if near.get('file') else ''}"
+
+def _thumbnail(file, name, side=128):
+    "A picture of the user's own folder as HTML; a sentence where it is gone."
+    import io
+    from html import escape
+    from PIL import Image
+    small, png = Image.new("RGB", (side, side), "white"), io.BytesIO()
+    try:
+        with Image.open(file) as im: im = im.convert("RGBA").resize((side, side))
+    except OSError: return "<p>Its picture is not in the data folder any more.</p>"
+    small.paste(im, mask=im)
+    small.save(png, "PNG")
+    return f'<img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
 
 def _finished(service, order):
     "What the right half shows when an order is complete."

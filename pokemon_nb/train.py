@@ -331,7 +331,7 @@ import lightning.pytorch as L
 
 from .captioning import drop_captions
 from .data import step_seed
-from .latent import load_codec
+from .codec import load_codec
 from .ddpm import Denoiser, NoiseProcess, denoising_loss, make_hint, shrink
 from .unet import UNet
 
@@ -947,7 +947,7 @@ from datetime import datetime
 
 from lightning.pytorch.callbacks import EarlyStopping
 
-from .data import PokemonData
+from .batches import PokemonData
 from .ddpm import pick_device
 
 

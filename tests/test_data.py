@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from pokemon_nb import checks, data
+from pokemon_nb.batches import PokemonData, StepSampler
 from pokemon_nb.data import (
-    COLOURS, PAINT_RGB, SHAPES, SPLITS, TYPES, Critter, PokemonData, PokemonDataset, StepSampler, augment,
+    COLOURS, PAINT_RGB, SHAPES, SPLITS, TYPES, Critter, PokemonDataset, augment,
     build_dataset, critter_family, cut_matte, dataset_hash, from_tensor, image_grid, load_rgba, needs_matte,
     open_dataset, over, paint_critter, random_critter, read_metadata, split_of, step_seed, to_float, to_tensor,
     write_atomic, write_manifest,

@@ -457,3 +457,15 @@ def test_it_ends_when_told(served):
     said = p.communicate(timeout=20)[0]
     assert p.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM) and "Traceback" not in said, said
     assert said.count("using checkpoint") == 1 and f"page {url}/" in said
+
+
+def test_the_nearest_artwork_is_shown_from_the_users_folder(tmp_path):
+    from pokemon_nb.serving import _likeness
+    near = dict(nearest="A<b>", percentile=61, copy=True, file=str(tmp_path/"a.png"))
+    Image.new("RGBA", (30, 20), "red").save(near["file"])
+    said = _likeness(near)
+    assert "A&lt;b&gt;" in said and "may be a copy" in said and str(tmp_path) not in said
+    shown = Image.open(io.BytesIO(base64.b64decode(said.split("base64,")[1].split('"')[0])))
+    assert shown.size == (128, 128) and shown.getpixel((64, 64)) == (255, 0, 0)
+    Path(near["file"]).unlink()
+    assert "not in the data folder any more" in _likeness(near) and "<img" not in _likeness(near | dict(file=None))

@@ -53,8 +53,8 @@ def test_compose_and_prometheus():
 def test_the_dry_run_sends_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))                             # no docker, no gcloud: it must not matter
     monkeypatch.chdir(tmp_path)
-    command = [Path(sys.executable).with_name("pokemon_deploy"), "my-project", "--dry_run"]
-    command += ["--key_secret", "pokemon-key"]
+    command = [Path(sys.executable).with_name("pokemon_deploy"), "my-project", "--dry-run"]
+    command += ["--key-secret", "pokemon-key"]
     said = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True).stdout
     service = yaml.safe_load(said[:said.index("would run")])
     assert service == cloud_run_service("europe-west1-docker.pkg.dev/my-project/pokemon/serve:latest",
@@ -67,7 +67,7 @@ def test_the_dry_run_sends_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("what", [dict(project="a b"), dict(region="x"), dict(name="-x"), dict(tag="$(id)")])
 def test_names_that_are_no_names_are_refused(what):
     given = dict(project="my-project") | what
-    command = [Path(sys.executable).with_name("pokemon_deploy"), given.pop("project"), "--dry_run"]
+    command = [Path(sys.executable).with_name("pokemon_deploy"), given.pop("project"), "--dry-run"]
     command += [k for key, v in given.items() for k in (f"--{key}={v}",)]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "must look like" in done.stderr

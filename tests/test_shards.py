@@ -23,8 +23,9 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
 from pokemon_nb import shards  # noqa: E402
+from pokemon_nb.batches import PokemonData  # noqa: E402
 from pokemon_nb.data import (  # noqa: E402
-    SPLITS, PokemonData, PokemonDataset, build_dataset, paint_critter, random_critter, read_metadata, write_atomic,
+    SPLITS, PokemonDataset, build_dataset, paint_critter, random_critter, read_metadata, write_atomic,
 )
 from pokemon_nb.shards import ShardData, StreamedDataset, lane_parts, shard_files, write_shards  # noqa: E402
 
