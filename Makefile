@@ -32,8 +32,8 @@ $(VENV)/.ready: settings.ini setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	pins=$$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")'); \
 	torch=$$(grep -i '^torch==' constraints.txt); \
-	$(if $(TORCH_INDEX),PIP_INDEX_URL=$(TORCH_INDEX)) $(BIN)/python -m pip install --quiet "$$torch" && \
-	$(BIN)/python -m pip install --quiet $$pins -e '.[dev,offline]'
+	$(if $(TORCH_INDEX),PIP_INDEX_URL=$(TORCH_INDEX)) $(BIN)/python -m pip install --quiet --no-compile "$$torch" && \
+	$(BIN)/python -m pip install --quiet --no-compile $$pins -e '.[dev,offline]'
 	touch $@
 
 train: setup ## Train by papermill into RUN (critters by default: about 3 minutes on two cores)
@@ -54,7 +54,7 @@ test: setup ## Lint, run the notebooks, run the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: test ## The same and the slow tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: setup ## ruff over notebooks, tests and benchmarks
 	$(BIN)/ruff check .

@@ -1051,7 +1051,8 @@ many = httpx.post(url, json={{"prompt": "a red bird", "n": 4}}, timeout=60).json
 files = [base64.b64decode(k["image"]) for k in many]
 
 from gradio_client import Client                    # the page's own button
-html, gallery, note, *_ = Client("<span class="u"></span>").predict("a red bird", 4, 7, api_name="/paint")</pre>
+html, gallery, note, *_ = Client("<span class="u"></span>").predict("a red bird", 4, 7, api_name="/paint")
+files = [k["image"] for k in gallery["value"]]</pre>
 <p>With an API key: the header <code>X-API-Key</code>, or <code>Authorization: Bearer</code>.</p>
 <script>
 const base = new URL("./", location.href).href, answer = document.getElementById("answer");

@@ -434,6 +434,7 @@ def test_the_page_paints_for_gradios_own_client(served):
     page = Client(url, verbose=False)
     _, gallery, note, seed, _, likeness = page.predict("a blue turtle", 2, 5, 2, 1.0, api_name="/paint")
     assert seed == 5 and "2 pictures" in note and likeness == ""
+    gallery = gallery["value"]
     ims = [Image.open(g["image"]) for g in gallery]
     asked = picture(httpx.post(f"{url}/generate", json=dict(prompt="a blue turtle", seed=6, steps=2, guidance=1.0)))
     assert [g["caption"] for g in gallery] == ["seed 5", "seed 6"] and apart(ims[1], asked) <= 1
