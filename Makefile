@@ -54,7 +54,7 @@ test: setup ## Lint, run the notebooks, run the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: test ## The same and the slow tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 lint: setup ## ruff over notebooks, tests and benchmarks
 	$(BIN)/ruff check .
