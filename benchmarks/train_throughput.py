@@ -17,18 +17,8 @@ from fastcore.script import Param, call_parse, store_true
 from peers import ddp_unet, unet2d
 from torch.utils.flop_counter import FlopCounterMode
 
+from pokemon_nb.profiling import measure_peaks
 from pokemon_nb.unet import UNet
-
-
-def matmul_peak(dtype: torch.dtype, n: int = 2048, repeats: int = 10) -> float:
-    "FLOP/s of an n×n matrix product: the best of `repeats`, as a peak should be."
-    a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times)
 
 
 def flops(net: torch.nn.Module, call) -> int:
@@ -107,7 +97,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    peak = {d: matmul_peak(d) for d in (torch.float32, torch.bfloat16)}
+    peak = {d: measure_peaks(d, 2048).flops for d in (torch.float32, torch.bfloat16)}
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads; matmul peak "
         f"{peak[torch.float32] / 1e9:.0f} GFLOP/s fp32, {peak[torch.bfloat16] / 1e9:.0f} bf16"

@@ -18,11 +18,10 @@ def median_interval(
     "Interval of the median from order statistics; infinite where there are too few values."
     if not values: raise ValueError("median_interval: values must hold at least one number, got none")
     if not 0 < confidence < 1: raise ValueError(f"median_interval: confidence must lie in (0,1), got {confidence}")
-    v, n, below = sorted(values), len(values), 0.
-    for k in range(n // 2):                          # both tails: fewer than k+1 of n coins show heads
-        below += math.comb(n, k) / 2**n
-        if 2 * below > 1 - confidence: return (v[k - 1], v[n - k]) if k else (-math.inf, math.inf)
-    return (v[n // 2 - 1], v[n - n // 2]) if n > 1 and 2 * below <= 1 - confidence else (-math.inf, math.inf)
+    v, n, k = sorted(values), len(values), 0
+    tails = lambda k: 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n     # at most k of n coins on one side
+    while k < n // 2 and tails(k) <= 1 - confidence: k += 1
+    return (v[k - 1], v[n - k]) if k else (-math.inf, math.inf)
 
 # %% ../nbs/06_profiling.ipynb #06000008
 from collections.abc import Callable
