@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHAPE_WORDS', 'ENCODERS', 'CAPTIONERS', 'check_prompt', 'size_word', 'captions_from_facts', 'TextEncoder',
-           'tiny_clip', 'drop_captions', 'Captioner', 'FactsCaptioner', 'FileCaptioner', 'Blip2Captioner', 'tiny_blip2',
-           'caption_record', 'caption_dataset', 'caption_quality', 'quality_table', 'embed_captions', 'pokemon_caption']
+           'SentenceBert', 'tiny_clip', 'drop_captions', 'Captioner', 'FactsCaptioner', 'FileCaptioner',
+           'Blip2Captioner', 'tiny_blip2', 'caption_record', 'caption_dataset', 'caption_quality', 'quality_table',
+           'embed_captions', 'pokemon_caption']
 
 # %% ../nbs/02_captioning.ipynb #183edb96
 import unicodedata
@@ -203,6 +204,51 @@ class TextEncoder:
     def __repr__(self):
         return f"TextEncoder({self.name!r}, dim={self.dim}, device={self.device}, source={self.source!r})"
 
+# %% ../nbs/02_captioning.ipynb #02be47aa
+import torch.nn as nn
+
+class SentenceBert(nn.Module):
+    "BERT as sentence encoders use it: token ids in, one vector for each token out."
+    def __init__(self,
+        config:dict,            # sizes, under the names of a BERT's config.json
+    ):
+        super().__init__()
+        h = config["hidden_size"]
+        self.words, self.places = nn.Embedding(config["vocab_size"], h), nn.Embedding(config["max_position_embeddings"], h)
+        self.norm = nn.LayerNorm(h, config["layer_norm_eps"])
+        layer = nn.TransformerEncoderLayer(h, config["num_attention_heads"], config["intermediate_size"], 0., "gelu",
+                                           config["layer_norm_eps"], batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, config["num_hidden_layers"], enable_nested_tensor=False)
+
+    def forward(self,
+        ids:torch.Tensor,       # (B,L) token ids
+        mask:torch.Tensor,      # (B,L) 1 = token, 0 = padding
+    )->torch.Tensor:            # (B,L,hidden_size)
+        "Encode tokens."
+        places = torch.arange(ids.shape[1], device=ids.device)
+        return self.layers(self.norm(self.words(ids) + self.places(places)), src_key_padding_mask=mask == 0)
+
+    @classmethod
+    def from_pretrained(cls,
+        folder:str|Path,        # with config.json and model.safetensors, as the hub keeps a BERT
+    )->"SentenceBert":
+        "Read weights; raises KeyError where they are of another kind of network."
+        from safetensors.torch import load_file
+        net, w = cls(json.loads((Path(folder)/"config.json").read_text())), load_file(Path(folder)/"model.safetensors")
+        table = lambda name: w[f"embeddings.{name}_embeddings.weight"]
+        state = {"words.weight": table("word") + table("token_type")[0], "places.weight": table("position"),
+                 "norm.weight": w["embeddings.LayerNorm.weight"], "norm.bias": w["embeddings.LayerNorm.bias"]}
+        names = {"self_attn.out_proj": "attention.output.dense", "norm1": "attention.output.LayerNorm",
+                 "linear1": "intermediate.dense", "linear2": "output.dense", "norm2": "output.LayerNorm"}
+        for i in range(len(net.layers.layers)):
+            for part in ("weight", "bias"):
+                theirs = lambda name: w[f"encoder.layer.{i}.{name}.{part}"]
+                state |= {f"layers.layers.{i}.{ours}.{part}": theirs(name) for ours, name in names.items()}
+                qkv = torch.cat([theirs(f"attention.self.{name}") for name in ("query", "key", "value")])
+                state[f"layers.layers.{i}.self_attn.in_proj_{part}"] = qkv
+        net.load_state_dict(state)
+        return net
+
 # %% ../nbs/02_captioning.ipynb #167c67bc
 import os
 from fastcore.basics import patch
@@ -212,16 +258,23 @@ def _load(self:TextEncoder):
     "Read tokenizer and network."
     # set before the tokenizer runs: it would otherwise warn whenever a data worker or a shell command forks later
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection
-    from transformers.utils import logging
-    loud = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        self._tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        kind = CLIPTextModelWithProjection if self.name == "clip" else AutoModel
-        self._model = kind.from_pretrained(self.folder, local_files_only=True, dtype=torch.float32)
-    finally:
-        if loud: logging.enable_progress_bar()
+    if self.name == "clip":
+        from transformers import AutoTokenizer, CLIPTextModelWithProjection
+        from transformers.utils import logging
+        loud = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True).backend_tokenizer
+            self._model = CLIPTextModelWithProjection.from_pretrained(self.folder, local_files_only=True,
+                                                                      dtype=torch.float32)
+        finally:
+            if loud: logging.enable_progress_bar()
+    else:
+        from tokenizers import Tokenizer
+        self._tokenizer = Tokenizer.from_file(str(self.folder/"tokenizer.json"))
+        self._model = SentenceBert.from_pretrained(self.folder)
+    self._tokenizer.enable_padding(pad_id=0)            # what padding says is masked out
+    self._tokenizer.enable_truncation(self.max_tokens)
     self._model.eval().requires_grad_(False).to(self.device)
 
 @patch
@@ -235,26 +288,24 @@ def to(self:TextEncoder,
 
 # %% ../nbs/02_captioning.ipynb #d5c8a3cb
 @patch
-def _say_if_cut(self:TextEncoder, texts):
-    "A sentence that is longer than the encoder reads must not lose its end silently."
-    for t in texts:
-        if (n := len(self._tokenizer(t, truncation=False, verbose=False)["input_ids"])) > self.max_tokens:
+def _tokens(self:TextEncoder, texts):
+    "Ids and mask (B,L) of texts. A sentence that is longer than the encoder reads must not lose its end silently."
+    found = self._tokenizer.encode_batch(texts)
+    for t, ids in zip(texts, found):
+        if ids.overflowing:                                 # pieces that have their own first and last token
+            n = sum(ids.attention_mask) + sum(sum(more.attention_mask) - 2 for more in ids.overflowing)
             warnings.warn(f"TextEncoder: {self.name} reads {self.max_tokens} tokens; the end of a text of {n} tokens "
-                          f"is not read: {t[:40]!r}...", stacklevel=5)
+                          f"is not read: {t[:40]!r}...", stacklevel=6)
+    return (torch.tensor([getattr(t, part) for t in found], device=self.device) for part in ("ids", "attention_mask"))
 
 @patch
+@torch.no_grad()
 def _encode_batch(self:TextEncoder, texts):
     if self._model is None: self._load()
-    tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
-    if tokens["input_ids"].shape[1] == self.max_tokens: self._say_if_cut(texts)
-    tokens = tokens.to(self.device)
-    if self.name == "clip":
-        with torch.no_grad(): words = self._model(tokens["input_ids"], tokens["attention_mask"]).text_embeds
-        return torch.nn.functional.normalize(words, dim=1)
-    with torch.no_grad(): hidden = self._model(**tokens).last_hidden_state  # (b,L,384)
-    mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)          # (b,L,1): padding does not count
-    mean = (hidden*mask).sum(1)/mask.sum(1).clamp(min=1)
-    return torch.nn.functional.normalize(mean, dim=1)
+    ids, mask = self._tokens(texts)
+    if self.name == "clip": return torch.nn.functional.normalize(self._model(ids, mask).text_embeds, dim=1)
+    hidden, mask = self._model(ids, mask), mask.unsqueeze(-1)               # (b,L,384), (b,L,1)
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1).clamp(min=1), dim=1)
 
 # %% ../nbs/02_captioning.ipynb #794a8b72
 import warnings
