@@ -24,7 +24,8 @@ from fastcore.script import call_parse
 
 from pokemon_nb.captioning import TextEncoder, embed_captions
 from pokemon_nb.data import PokemonDataset, write_atomic
-from pokemon_nb.ddpm import Denoiser, EDMSchedule, Preconditioner, denoising_loss, load_pipeline
+from pokemon_nb.ddpm import denoising_loss, load_pipeline
+from pokemon_nb.sampling import Denoiser, EDMSchedule, Preconditioner
 from pokemon_nb.metrics import Judge, attributes, copy_rate, draw, features, kid, load_reader, unseen_prompts
 from pokemon_nb.train import resolve_config, train
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from fastcore.script import call_parse
 
 from pokemon_nb.data import write_atomic
-from pokemon_nb.ddpm import SAMPLERS, load_pipeline
+from pokemon_nb.ddpm import load_pipeline
+from pokemon_nb.sampling import SAMPLERS
 from pokemon_nb.metrics import (
     Judge,
     attributes,

@@ -214,7 +214,8 @@ class SentenceBert(nn.Module):
     ):
         super().__init__()
         h = config["hidden_size"]
-        self.words, self.places = nn.Embedding(config["vocab_size"], h), nn.Embedding(config["max_position_embeddings"], h)
+        self.words = nn.Embedding(config["vocab_size"], h)
+        self.places = nn.Embedding(config["max_position_embeddings"], h)
         self.norm = nn.LayerNorm(h, config["layer_norm_eps"])
         layer = nn.TransformerEncoderLayer(h, config["num_attention_heads"], config["intermediate_size"], 0., "gelu",
                                            config["layer_norm_eps"], batch_first=True)
@@ -240,12 +241,11 @@ class SentenceBert(nn.Module):
                  "norm.weight": w["embeddings.LayerNorm.weight"], "norm.bias": w["embeddings.LayerNorm.bias"]}
         names = {"self_attn.out_proj": "attention.output.dense", "norm1": "attention.output.LayerNorm",
                  "linear1": "intermediate.dense", "linear2": "output.dense", "norm2": "output.LayerNorm"}
-        for i in range(len(net.layers.layers)):
-            for part in ("weight", "bias"):
-                theirs = lambda name: w[f"encoder.layer.{i}.{name}.{part}"]
-                state |= {f"layers.layers.{i}.{ours}.{part}": theirs(name) for ours, name in names.items()}
-                qkv = torch.cat([theirs(f"attention.self.{name}") for name in ("query", "key", "value")])
-                state[f"layers.layers.{i}.self_attn.in_proj_{part}"] = qkv
+        for i, part in ((i, part) for i in range(len(net.layers.layers)) for part in ("weight", "bias")):
+            ours, theirs = f"layers.layers.{i}", f"encoder.layer.{i}"
+            state |= {f"{ours}.{a}.{part}": w[f"{theirs}.{b}.{part}"] for a, b in names.items()}
+            qkv = [w[f"{theirs}.attention.self.{name}.{part}"] for name in ("query", "key", "value")]
+            state[f"{ours}.self_attn.in_proj_{part}"] = torch.cat(qkv)
         net.load_state_dict(state)
         return net
 

@@ -17,10 +17,11 @@ class Residual(nn.Module):
     "Two 3×3 convolutions added to what comes in; `Block` of chapter 03 without noise level and words."
     def __init__(self,
         channels:int,       # channels in and out
+        hidden:int=0,       # channels between the convolutions; 0 = as many
     ):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, hidden or channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(hidden or channels, channels, 3, padding=1, bias=False)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self,
@@ -44,19 +45,21 @@ class Codec(ModelMixin, ConfigMixin):
         latent_channels:int=16,                  # numbers of a latent vector
         widths:tuple[int, ...]=(64, 128, 192),   # channels at 1/2, 1/4 and 1/8 of the side
         depths:tuple[int, ...]=(1, 1, 2),        # residual blocks of the decoder there
+        hidden:tuple[int, ...]=(),               # channels inside those blocks; () = as `widths`
     ):
         super().__init__()
         if len(widths) != 3 or len(depths) != 3:
             raise ValueError(f"Codec: widths and depths must have three entries, got {list(widths)}, {list(depths)}")
         fine, mid, coarse = widths
-        stack = lambda c, n: nn.Sequential(*[Residual(c) for _ in range(n)])
+        stack = lambda c, n, h=0: nn.Sequential(*[Residual(c, h) for _ in range(n)])
+        inside = tuple(hidden) or (0, 0, 0)
         self.stem = nn.Conv2d(16 * in_channels, mid, 3, padding=1)
         self.enc1, self.down, self.enc2 = stack(mid, 1), nn.Conv2d(mid, coarse, 2, stride=2), stack(coarse, 1)
         self.to_latent = nn.Conv2d(coarse, latent_channels, 1)
         self.from_latent = nn.Conv2d(latent_channels, coarse, 3, padding=1)
-        self.dec2, self.up2 = stack(coarse, depths[2]), nn.Conv2d(coarse, 4 * mid, 1)
-        self.dec1, self.up1 = stack(mid, depths[1]), nn.Conv2d(mid, 4 * fine, 1)
-        self.dec0, self.head = stack(fine, depths[0]), nn.Conv2d(fine, 4 * in_channels, 3, padding=1)
+        self.dec2, self.up2 = stack(coarse, depths[2], inside[2]), nn.Conv2d(coarse, 4 * mid, 1)
+        self.dec1, self.up1 = stack(mid, depths[1], inside[1]), nn.Conv2d(mid, 4 * fine, 1)
+        self.dec0, self.head = stack(fine, depths[0], inside[0]), nn.Conv2d(fine, 4 * in_channels, 3, padding=1)
         # a straight way for the mean colour of 8x8 pixels, so that it need not be discovered
         self.mean_in = nn.Conv2d(in_channels, latent_channels, 1)
         self.mean_out = nn.Conv2d(latent_channels, in_channels, 1)

@@ -208,7 +208,7 @@ def make_mar(
 )->Path:                       # the same
     "Pack a checkpoint and the handler for TorchServe."
     import zipfile
-    from pokemon_nb.ddpm import find_checkpoint
+    from pokemon_nb.sampling import find_checkpoint
     folder, out = find_checkpoint(checkpoint), Path(out)
     manifest = dict(createdOn="", runtime="python", archiverVersion="0.12.0",
                     model=dict(modelName=out.stem, modelVersion="1.0", handler="pokemon_handler.py:handle"))

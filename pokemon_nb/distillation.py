@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from .ddpm import Denoiser, PokemonPipeline, add_noise, load_pipeline
+from .ddpm import PokemonPipeline, load_pipeline
+from .sampling import Denoiser, add_noise
 from .train import LitDiffusion, TrainConfig
 
 

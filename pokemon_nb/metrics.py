@@ -500,7 +500,8 @@ def table(
 # %% ../nbs/04b_metrics.ipynb #36d2b907
 from tqdm import tqdm
 
-from .ddpm import PokemonPipeline, find_checkpoint, load_pipeline
+from .ddpm import PokemonPipeline, load_pipeline
+from .sampling import find_checkpoint
 
 def draw(
     pipe:PokemonPipeline,        # what draws

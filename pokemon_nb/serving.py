@@ -209,7 +209,8 @@ class Painter:
         threads:int=0,                  # CPU threads; 0 = torch's own choice
     ):
         import torch
-        from pokemon_nb.ddpm import find_checkpoint, load_pipeline
+        from pokemon_nb.ddpm import load_pipeline
+        from pokemon_nb.sampling import find_checkpoint
         if runtime not in RUNTIMES:
             raise ValueError(f"Painter: runtime must be known, got {runtime!r}; allowed: {', '.join(RUNTIMES)}")
         if threads: torch.set_num_threads(threads)
@@ -239,7 +240,7 @@ def about(self:Painter)->dict:   # plain values only: it travels through a pipe
     "What a server and its page must know about the checkpoint."
     from pokemon_nb.captioning import SHAPE_WORDS
     from pokemon_nb.data import COLOURS, SHAPES, TYPES
-    from pokemon_nb.ddpm import check_call
+    from pokemon_nb.sampling import check_call
     own = self.pipe.settings()
     def can(size):
         try: check_call(self.pipe, own["sampler"], size, "pil")
@@ -286,7 +287,7 @@ def draw(self:Painter,
 def _encode(image, format, recipe=None):
     "A PNG that remembers how it was made, or a lossless WebP with the same in its description."
     import io, json
-    from pokemon_nb.ddpm import png_bytes
+    from pokemon_nb.sampling import png_bytes
     if format == "png": return png_bytes(image, recipe)
     from PIL import Image
     out, exif = io.BytesIO(), Image.Exif()

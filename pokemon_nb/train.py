@@ -79,6 +79,7 @@ class ModelConfig:
     hint_noise:float = 0.5                     # most noise added to the small pictures in training, pixel-std units
     weak:str = ""                              # distillation: run or checkpoint of a worse network, for autoguidance
     autoguidance:float = 1.0                   # distillation: how far the teacher walks away from the worse network
+    hidden:tuple[int, ...] = ()                # channels inside the blocks of each level (chapter 07); () = as widths
 
     def __post_init__(self):
         require(self.hint_noise > 0, "model.hint_noise", "be positive", self.hint_noise)
@@ -99,7 +100,7 @@ class DiffusionConfig:
     timesteps:int = 1000        # timesteps of the "linear" and "cosine" schedules
 
 # %% ../nbs/05_train.ipynb #f8b9d549
-from .ddpm import SAMPLERS
+from .sampling import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -332,7 +333,8 @@ import lightning.pytorch as L
 from .captioning import drop_captions
 from .data import step_seed
 from .codec import load_codec
-from .ddpm import Denoiser, NoiseProcess, denoising_loss, make_hint, shrink
+from .ddpm import NoiseProcess, denoising_loss
+from .sampling import Denoiser, make_hint, shrink
 from .unet import UNet
 
 
@@ -354,7 +356,7 @@ class LitDiffusion(L.LightningModule):
         channels = self.codec.config.latent_channels if m.codec else cfg.data.channels
         net = UNet(in_channels=channels, patch_size=m.patch_size, widths=m.widths, depths=m.depths,
                    text_dim=train_text.shape[-1], emb_dim=m.emb_dim, text_tokens=m.text_tokens,
-                   cond_channels=channels + 1 if m.base else 0)
+                   cond_channels=channels + 1 if m.base else 0, hidden=m.hidden)
         if m.init: start_from(net, m.init)
         self.base = first_stage(cfg) if m.base else None
         self.denoise = Denoiser(net, self.process.precondition)
@@ -382,7 +384,8 @@ class LitDiffusion(L.LightningModule):
         return denoising_loss(self.denoise, *task, self.hint(task[0], gen)).mean()
 
 # %% ../nbs/05_train.ipynb #ca7f346b
-from .ddpm import PokemonPipeline, find_checkpoint, load_pipeline
+from .ddpm import PokemonPipeline, load_pipeline
+from .sampling import find_checkpoint
 
 
 def first_stage(
@@ -840,7 +843,7 @@ def save_checkpoint(
 import io, time
 
 from .data import image_grid
-from .ddpm import png_bytes
+from .sampling import png_bytes
 
 
 def sample_grid(
@@ -948,7 +951,7 @@ from datetime import datetime
 from lightning.pytorch.callbacks import EarlyStopping
 
 from .batches import PokemonData
-from .ddpm import pick_device
+from .sampling import pick_device
 
 
 def make_trainer(

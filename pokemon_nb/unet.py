@@ -40,11 +40,13 @@ class Block(nn.Module):
     def __init__(self,
         channels:int,   # channels in and out; a multiple of 64 keeps matrix units full
         emb_dim:int,    # width of the embedding that modulates
+        hidden:int=0,   # channels between the convolutions; 0 = as many (fewer: chapter 07 prunes)
     ):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.modulation = nn.Linear(emb_dim, 2 * channels)
+        hidden = hidden or channels
+        self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(hidden, channels, 3, padding=1, bias=False)
+        self.modulation = nn.Linear(emb_dim, 2 * hidden)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self,
@@ -102,19 +104,21 @@ class UNet(ModelMixin, ConfigMixin):
         text_dim:int=384,                      # width of the sentence vector; 384 = MiniLM
         emb_dim:int=256,                       # width of the embedding of noise level and text
         text_tokens:int=4,                     # text tokens seen by attention
-        cond_channels:int=0,                   # channels of the picture given as a hint (see chapter 04); 0 = none
+        cond_channels:int=0,                   # channels of the picture given as a hint (chapter 03b); 0 = none
+        hidden:tuple[int, ...]=(),             # channels inside the blocks of each level; () = as `widths`
     ):
         super().__init__()
-        check_unet(in_channels, patch_size, widths, depths)
+        check_unet(in_channels, patch_size, widths, depths, hidden)
         self.stem = nn.Conv2d(in_channels * patch_size**2 + cond_channels, widths[0], 3, padding=1)
         self.noise_mlp = nn.Sequential(nn.Linear(128, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.text_proj = nn.Linear(text_dim, emb_dim)
         pairs = list(zip(widths, widths[1:]))
         self.down = nn.ModuleList([nn.Conv2d(a, b, 2, stride=2) for a, b in pairs])
         self.up = nn.ModuleList([nn.Conv2d(b, 4 * a, 1) for a, b in pairs])
-        stack = lambda c, n: nn.ModuleList([Block(c, emb_dim) for _ in range(n)])
-        self.enc = nn.ModuleList([stack(c, n) for c, n in zip(widths, depths)])
-        self.dec = nn.ModuleList([stack(c, n) for c, n in zip(widths, depths)])
+        stack = lambda c, n, h: nn.ModuleList([Block(c, emb_dim, h) for _ in range(n)])
+        levels = list(zip(widths, depths, hidden or widths))
+        self.enc = nn.ModuleList([stack(*level) for level in levels])
+        self.dec = nn.ModuleList([stack(*level) for level in levels])
         self.mid = Attention(widths[-1], emb_dim, text_tokens=text_tokens)
         self.head = nn.Conv2d(widths[0], in_channels * patch_size**2, 3, padding=1)
         nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
@@ -128,7 +132,7 @@ class UNet(ModelMixin, ConfigMixin):
     )->torch.Tensor:           # (B,C,H,W) raw prediction
         "Predict from a noisy picture, its noise level, its caption and, for an upsampler, a small picture."
         emb, words = self.embed(c_noise, text)
-        h = F.pixel_unshuffle(x, self.config.patch_size)
+        h = F.pixel_unshuffle(x.to(emb.dtype), self.config.patch_size)
         if self.config.cond_channels:
             if cond is None: raise ValueError(f"UNet: cond must have {self.config.cond_channels} channels, got None")
             if cond.shape[2:] != h.shape[2:]: cond = F.interpolate(cond, h.shape[2:], mode="bilinear", antialias=True)
@@ -152,6 +156,7 @@ def check_unet(
     patch_size:int,            # side of a folded pixel block
     widths:tuple[int, ...],    # channels per level
     depths:tuple[int, ...],    # blocks per level
+    hidden:tuple[int, ...]=(), # channels inside the blocks of each level; () = as `widths`
 ):
     "Refuse a network that cannot work, before any weight is made; raises ValueError."
     if not 1 <= in_channels <= 64:
@@ -162,6 +167,8 @@ def check_unet(
         raise ValueError(f"UNet: widths and depths need one entry per level, got {list(widths)} and {list(depths)}")
     if bad := [w for w in widths if w < 64 or w % 64]:
         raise ValueError(f"UNet: widths must be multiples of 64 (full matrix units, whole attention heads), got {bad}")
+    if hidden and (len(hidden) != len(widths) or min(hidden) < 1):
+        raise ValueError(f"UNet: hidden needs a positive number for each of {len(widths)} levels, got {list(hidden)}")
     if bad := [d for d in depths if d < 1]: raise ValueError(f"UNet: depths must be at least 1, got {bad}")
 
 # %% ../nbs/03_unet.ipynb #a45bf901
@@ -173,7 +180,7 @@ def embed(self:UNet,
     text:torch.Tensor,      # (B,text_dim) unit-length sentence vectors or zeros
 )->tuple[torch.Tensor, torch.Tensor]:   # (B,emb_dim) for modulation, (B,emb_dim) text alone for attention
     "Embed noise level and text; entries of a unit vector are brought to unit size first."
-    words = self.text_proj(text * math.sqrt(self.config.text_dim))
+    words = self.text_proj((text * math.sqrt(self.config.text_dim)).to(self.text_proj.weight.dtype))
     noise = self.noise_mlp(fourier_features(c_noise).to(words.dtype))
     return F.silu(noise + words), words
 

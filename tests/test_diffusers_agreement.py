@@ -13,7 +13,7 @@ from diffusers import (
     HeunDiscreteScheduler,
 )
 
-from pokemon_nb.ddpm import (
+from pokemon_nb.sampling import (
     BetaSchedule,
     CountCalls,
     EDMSchedule,

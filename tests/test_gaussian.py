@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pokemon_nb.ddpm import SAMPLERS, BetaSchedule, CountCalls, EDMSchedule, Guided, gaussian_denoiser
+from pokemon_nb.sampling import SAMPLERS, BetaSchedule, CountCalls, EDMSchedule, Guided, gaussian_denoiser
 
 C = 0.5
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pokemon_nb.data import over
-from pokemon_nb.ddpm import find_checkpoint, load_pipeline
+from pokemon_nb.ddpm import load_pipeline
+from pokemon_nb.sampling import find_checkpoint
 
 # what a colour word means as RGB in [0,1]; a picture counts for the nearest of these
 ANCHORS = {"red": (0.85, 0.25, 0.15), "blue": (0.25, 0.5, 0.85), "green": (0.4, 0.7, 0.3), "yellow": (0.95, 0.85, 0.3),
