@@ -31,7 +31,7 @@ from train_throughput import Runner, call_ours
 from pokemon_nb.batches import PokemonData
 from pokemon_nb.data import build_dataset
 from pokemon_nb.shards import ShardData, StreamedDataset, write_shards
-from pokemon_nb.train import best_precision
+from pokemon_nb.metrics import best_precision
 from pokemon_nb.unet import UNet
 
 DEMANDED = 10  # loader images/s over training images/s, for what training uses by default

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['READER_CARD', 'Figure', 'bootstrap', 'jackknife', 'colour_histogram', 'fit_logistic', 'all_coats', 'AttributeNet',
-           'Attributes', 'attributes', 'LitReader', 'make_reader', 'read_attributes', 'correct', 'save_reader',
-           'load_reader', 'frechet_distance', 'kid', 'precision_recall', 'features', 'describe_form', 'CopyDetector',
-           'copy_rate', 'Wanted', 'unseen_prompts', 'Judge', 'table', 'draw', 'evaluate', 'inception_features',
-           'clip_score', 'reader_card', 'plain', 'pokemon_metrics']
+           'Attributes', 'attributes', 'LitReader', 'best_precision', 'make_reader', 'read_attributes', 'correct',
+           'save_reader', 'load_reader', 'frechet_distance', 'kid', 'precision_recall', 'features', 'describe_form',
+           'CopyDetector', 'copy_rate', 'Wanted', 'unseen_prompts', 'Judge', 'table', 'draw', 'evaluate',
+           'inception_features', 'clip_score', 'reader_card', 'plain', 'pokemon_metrics']
 
 # %% ../nbs/04b_metrics.ipynb #8d62f4d7
 import math
@@ -202,10 +202,23 @@ class LitReader(L.LightningModule):
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if self.global_step > .7*self.steps: self.average.update_parameters(self.net)
 
+# %% ../nbs/04b_metrics.ipynb #3cd8d234
+def best_precision(
+    device:str,        # "cpu", "cuda" or "mps"
+    asked:str="auto",  # "auto" or a precision of Lightning's
+)->str:                # Lightning's name of it
+    "bf16 where the hardware multiplies it natively, else 32 bit."
+    if asked != "auto": return asked
+    if device == "cuda": return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32"
+    if device != "cpu": return "32"
+    can = getattr(torch.cpu, "get_capabilities", dict)()       # torch 2.9 and later; without it, no risk is taken
+    return "bf16-mixed" if can.get("avx512_bf16") or can.get("amx_bf16") else "32"
+
 # %% ../nbs/04b_metrics.ipynb #4fb7b100
 import logging, warnings
 
 from .batches import PokemonData
+from .sampling import pick_device
 
 def make_reader(
     data:str|Path,                               # dataset folder; only its training split is learned from
@@ -228,9 +241,10 @@ def make_reader(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(many workers|IterableDataset|val_dataloader).*")
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        L.Trainer(max_steps=steps, max_epochs=-1, accelerator="auto", devices=1, logger=False, precision="bf16-mixed",
-                  enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=progress,
-                  limit_val_batches=0).fit(module, train_dataloaders=pictures.train_dataloader())
+        L.Trainer(max_steps=steps, max_epochs=-1, accelerator="auto", devices=1, logger=False,
+                  precision=best_precision(pick_device()), enable_checkpointing=False, enable_model_summary=False,
+                  enable_progress_bar=progress, limit_val_batches=0).fit(
+                      module, train_dataloaders=pictures.train_dataloader())
     net = module.average.module.cpu().eval().requires_grad_(False)
     x0, colour = all_coats(pictures.train_set)
     known = colour >= 0

@@ -152,7 +152,8 @@ def _onnx(net):
             model = torch.onnx.export(program, input_names=names, output_names=["out"], dynamo=True,
                                       verbose=False).model_proto
     finally: logger.setLevel(level)
-    for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+    g = model.graph
+    for part in (model, g, *g.node, *g.value_info, *g.input, *g.output):
         part.ClearField("doc_string")
         del part.metadata_props[:]                      # file names and line numbers of whoever exported it
     plain = {w.name: w.name.removeprefix("codec.") for w in model.graph.initializer}

@@ -8,9 +8,9 @@ __all__ = ['RIGHTS', 'CARD', 'JUDGED', 'refuse_unknown', 'require', 'DataConfig'
            'typed_config', 'resolve_config', 'stratified', 'pick_phrasings', 'coat_captions', 'embed_coats',
            'ema_decay', 'LitDiffusion', 'first_stage', 'first_stage_metrics', 'differences', 'start_from', 'orthogonal',
            'MuonAdamW', 'split_matrices', 'lr_factor', 'JSONLLogger', 'read_metrics', 'git_commit', 'environment',
-           'best_precision', 'model_card', 'judged_tables', 'save_checkpoint', 'sample_grid', 'Snapshot', 'speak',
-           'prepare', 'start_run', 'make_trainer', 'make_loggers', 'train', 'forget_run', 'fit', 'plot_metrics',
-           'finish', 'same_latents', 'publish', 'pokemon_train']
+           'model_card', 'judged_tables', 'save_checkpoint', 'sample_grid', 'Snapshot', 'speak', 'prepare', 'start_run',
+           'make_trainer', 'make_loggers', 'train', 'forget_run', 'fit', 'plot_metrics', 'finish', 'same_latents',
+           'publish', 'pokemon_train']
 
 # %% ../nbs/05_train.ipynb #2417678b
 import difflib
@@ -701,18 +701,6 @@ def environment(
             "git_commit": git_commit(), "device": device, "precision": precision, "threads": torch.get_num_threads(),
             "data_sha256": data_hash, "seed": cfg.seed}
 
-# %% ../nbs/05_train.ipynb #3cd8d234
-def best_precision(
-    device:str,        # "cpu", "cuda" or "mps"
-    asked:str="auto",  # a DeviceConfig.precision
-)->str:                # Lightning's name of it
-    "bf16 where the hardware multiplies it natively, else 32 bit."
-    if asked != "auto": return asked
-    if device == "cuda": return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32"
-    if device != "cpu": return "32"
-    can = getattr(torch.cpu, "get_capabilities", dict)()       # torch 2.9 and later; without it, no risk is taken
-    return "bf16-mixed" if can.get("avx512_bf16") or can.get("amx_bf16") else "32"
-
 # %% ../nbs/05_train.ipynb #35a5d877
 import shutil
 
@@ -951,6 +939,7 @@ from datetime import datetime
 from lightning.pytorch.callbacks import EarlyStopping
 
 from .batches import PokemonData
+from .metrics import best_precision
 from .sampling import pick_device
 
 

@@ -25,17 +25,36 @@ SHARED = ROOT.parent / "shared/pokemon"
 BUCKET = "pokemon-nb-test"
 
 
+@contextlib.contextmanager
+def configuration(folder):
+    "DVC with a cache and a configuration of its own."
+    with pytest.MonkeyPatch.context() as at:
+        for key in ("GLOBAL", "SYSTEM", "SITE_CACHE"): at.setenv(f"DVC_{key}_CONFIG_DIR", str(folder / "config"))
+        at.setenv("DVC_SITE_CACHE_DIR", str(folder / "site"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    "A repository with a small build under DVC, made once; and the folder `store` to which it was pushed."
+    top = tmp_path_factory.mktemp("dvc")
+    folder = top / "repo"
+    with configuration(top):
+        build_dataset("critters", folder / "data", n=60, size=16)
+        run_git("init", "-q", folder=folder)
+        dvc("init", "-q", root=folder)
+        dvc("add", "-q", "data", root=folder)
+        shutil.copytree(folder, top / "pushed")
+        (top / "store").mkdir()
+        dvc("remote", "add", "-d", "local", str(top / "store"), root=top / "pushed")
+        dvc("push", "-q", root=top / "pushed")
+    return top
+
+
 @pytest.fixture
-def repo(tmp_path, monkeypatch):
-    "A repository with a small build under DVC, with a cache and a configuration of its own."
-    for key in ("GLOBAL", "SYSTEM", "SITE_CACHE"): monkeypatch.setenv(f"DVC_{key}_CONFIG_DIR", str(tmp_path / "config"))
-    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
-    folder = tmp_path / "repo"
-    build_dataset("critters", folder / "data", n=60, size=16)
-    run_git("init", "-q", folder=folder)
-    dvc("init", "-q", root=folder)
-    dvc("add", "-q", "data", root=folder)
-    return folder
+def repo(original, tmp_path):
+    "A copy of the repository."
+    with configuration(tmp_path): yield Path(shutil.copytree(original / "repo", tmp_path / "repo"))
 
 
 def lose(repo):
@@ -158,11 +177,12 @@ def test_the_command_line(repo, tmp_path):
 
 # --- where it hurts ----------------------------------------------------------------------
 @pytest.fixture
-def stored(repo, tmp_path):
+def stored(repo, original, tmp_path):
     "`repo`, pushed to a folder."
-    (tmp_path / "store").mkdir()
-    dvc("remote", "add", "-d", "local", str(tmp_path / "store"), root=repo)
-    dvc("push", "-q", root=repo)
+    shutil.copytree(original / "store", tmp_path / "store")
+    said = (original / "pushed/.dvc/config").read_text()
+    assert str(original / "store") in said
+    (repo / ".dvc/config").write_text(said.replace(str(original / "store"), str(tmp_path / "store")))
     return repo
 
 

@@ -1,7 +1,7 @@
 """Guards for the training chapter: configuration, the papermill job, resume, checkpoints."""
 
 import json
-import os
+import multiprocessing
 import random
 import signal
 import subprocess
@@ -249,64 +249,28 @@ def shell(*args, **kw):
     return subprocess.run([str(a) for a in args], capture_output=True, text=True, timeout=300, **kw)
 
 
-@pytest.fixture(scope="module")
-def by_cli(small, tmp_path_factory):
-    out = tmp_path_factory.mktemp("cli") / "run"
-    done = shell(
-        Path(sys.executable).with_name("pokemon_train"),
-        "--data",
-        small,
-        "--steps",
-        20,
-        "--out",
-        out,
-        *TINY.split(" ", 9)[:9],
-        "data.prompts=['a red creature','a blue fish']",
-    )
+@pytest.mark.slow
+def test_papermill_parameters_change_the_run_and_equal_the_cli(root, small, tmp_path):
+    "Fails when the `parameters` tag is lost: papermill then only warns, and the notebook's defaults win."
+    tools, cli, out, nb = Path(sys.executable).parent, tmp_path / "cli", tmp_path / "p", tmp_path / "p.ipynb"
+    prompts = "data.prompts=['a red creature','a blue fish']"
+    asked = ["--data", small, "--steps", 20, "--seed", 3, "--out", cli]
+    done = shell(tools / "pokemon_train", *asked, *TINY.split(" ", 9)[:9], prompts)
     assert done.returncode == 0, done.stderr
     assert "device cpu" in done.stdout and "data " in done.stdout
-    return out
 
-
-@pytest.mark.slow
-def test_papermill_parameters_change_the_run_and_equal_the_cli(root, small, by_cli, tmp_path):
-    "Fails when the `parameters` tag is lost: papermill then only warns, and the notebook's defaults win."
-    out, nb = tmp_path / "p", tmp_path / "p.ipynb"
-    papermill = Path(sys.executable).with_name("papermill")
-    done = shell(
-        papermill,
-        root / "nbs/05_train.ipynb",
-        nb,
-        "-p",
-        "out",
-        out,
-        "-p",
-        "data",
-        small,
-        "-p",
-        "steps",
-        20,
-        "-p",
-        "batch_size",
-        8,
-        "-p",
-        "overrides",
-        TINY,
-        "--no-progress-bar",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (out / "metrics.jsonl").read_bytes() == (by_cli / "metrics.jsonl").read_bytes()
-    assert nb.is_file()
-
+    # some come from a file, some from the command line, which wins: `steps` is in both
     yaml = tmp_path / "params.yaml"
-    yaml.write_text(f'out: {tmp_path / "f"}\ndata: {small}\nsteps: 10\nseed: 3\nbatch_size: 8\noverrides: "{TINY}"\n')
+    yaml.write_text(f'out: {out}\nsteps: 10\nseed: 3\noverrides: "{TINY}"\n')
+    given = ["-f", yaml, "-p", "data", small, "-p", "steps", 20, "-p", "batch_size", 8]
     done = shell(
-        papermill, root / "nbs/05_train.ipynb", tmp_path / "f.ipynb", "-f", yaml, "--no-progress-bar", cwd=tmp_path
+        tools / "papermill", root / "nbs/05_train.ipynb", nb, *given, "--no-progress-bar", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = read_metrics(tmp_path / "f/metrics.jsonl")
-    assert rows[-1]["step"] == 10 and rows[0]["train_loss"] != read_metrics(out / "metrics.jsonl")[0]["train_loss"]
+    assert (out / "metrics.jsonl").read_bytes() == (cli / "metrics.jsonl").read_bytes()
+    assert nb.is_file()
+    rows, other = (read_metrics(r / "metrics.jsonl") for r in (out, run_tiny(small, tmp_path / "seed_0", 5)))
+    assert rows[-1]["step"] == 20 and rows[0]["train_loss"] != other[0]["train_loss"]
 
 
 @pytest.mark.slow
@@ -339,42 +303,37 @@ def test_cli_refuses_in_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def train_slowly(*config):
+    "In a process of its own: a pause in every step, so that a kill can fall between any two."
+    from pokemon_nb import train as chapter
+
+    step = chapter.LitDiffusion.training_step
+    chapter.LitDiffusion.training_step = lambda self, *a: (time.sleep(0.1), step(self, *a))[1]
+    run_tiny(*config)
+
+
 @pytest.mark.slow
 def test_kill_minus_nine_three_times_then_resume_bit_for_bit(tmp_path, small):
     "Weights, EMA, optimizer, schedule and metrics equal those of a run that nobody disturbed."
     steps, rng = 60, random.Random(1)
     whole = run_tiny(small, tmp_path / "whole", steps=steps)
     out = tmp_path / "killed"
-    code = (
-        "import sys, time, lightning.pytorch as L\n"
-        "from pokemon_nb import train as T\n"
-        "step = T.LitDiffusion.training_step\n"
-        "def slow(self, *a):\n"
-        "    time.sleep(.1)\n"  # so that a kill can fall between any two steps
-        "    return step(self, *a)\n"
-        "T.LitDiffusion.training_step = slow\n"
-        "T.train(T.resolve_config(sys.argv[1], steps=int(sys.argv[3]), out=sys.argv[2], overrides=sys.argv[4]))\n"
-    )
-    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    fresh = multiprocessing.get_context("forkserver")  # each process has imported the chapter and done nothing else
+    fresh.set_forkserver_preload(["pokemon_nb.train"])
     for low in (4, 20, 40):  # somewhere in the first, second and last third
         target, log = low + rng.randrange(15), out / "metrics.jsonl"
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(small), str(out), str(steps), TINY],
-            env=env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        process = fresh.Process(target=train_slowly, args=(small, out, steps))
+        process.start()
         limit = time.time() + 120
-        while (
-            time.time() < limit
-            and process.poll() is None
-            and not any(r["step"] >= target - 5 for r in read_metrics(log))
+        while time.time() < limit and process.is_alive() and not any(
+            r["step"] >= target - 5 for r in read_metrics(log)
         ):
             time.sleep(0.02)
         time.sleep(rng.random() * 0.5)
-        assert process.poll() is None, process.stderr.read().decode()[-2000:]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.is_alive(), f"ended by itself: {process.exitcode}"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     killed = run_tiny(small, out, steps=steps)
     a, b = state_of(whole), state_of(killed)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
