@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'TYPES', 'SPLITS', 'MAX_PIXELS', 'BODY_PLANS', 'TYPE_MARKS', 'PAINT_RGB', 'ARCHIVES',
-           'MAX_UNPACKED', 'MAX_MEMBERS', 'MAX_RATIO', 'FOCAL_LAB', 'step_seed', 'write_atomic', 'cli_errors',
-           'Critter', 'random_critter', 'evolve', 'paint_critter', 'needs_matte', 'cut_matte', 'decode_rgba',
-           'load_rgba', 'to_tensor', 'from_tensor', 'to_float', 'over', 'image_grid', 'Pokedex', 'split_of',
-           'critter_family', 'dataset_hash', 'read_metadata', 'write_manifest', 'build_dataset', 'DatasetInfo',
-           'open_dataset', 'PokemonDataset', 'augment', 'to_oklab', 'from_oklab', 'recolour', 'draw_coats']
+           'MAX_UNPACKED', 'MAX_MEMBERS', 'MAX_RATIO', 'FOCAL_LAB', 'FORM_GRID', 'step_seed', 'write_atomic',
+           'cli_errors', 'Critter', 'random_critter', 'evolve', 'paint_critter', 'needs_matte', 'cut_matte',
+           'decode_rgba', 'load_rgba', 'to_tensor', 'from_tensor', 'to_float', 'over', 'image_grid', 'Pokedex',
+           'split_of', 'critter_family', 'dataset_hash', 'read_metadata', 'write_manifest', 'build_dataset',
+           'DatasetInfo', 'open_dataset', 'PokemonDataset', 'augment', 'to_oklab', 'from_oklab', 'recolour',
+           'describe_form', 'draw_coats']
 
 # %% ../nbs/01_data.ipynb #65cebf62
 import bz2, csv, gzip, hashlib, io, json, lzma, math, os, re, shutil, stat, sys, tarfile, time, unicodedata, zipfile
@@ -1403,6 +1404,21 @@ def recolour(
     new = from_oklab(_repaint(lab, _coat(lab, alpha.movedim(1, -1), source), source, target)).movedim(-1, 1)
     new = torch.cat([(new*alpha).minimum(alpha), alpha], 1)*2 - 1
     return torch.where((source == target).view(-1, 1, 1, 1), x0, new)
+
+# %% ../nbs/01_data.ipynb #01f00002
+FORM_GRID, _SILHOUETTE = 16, .4         # side of the description in cells, share of the silhouette in it
+
+def describe_form(
+    x0:torch.Tensor,   # (B,4,H,W) premultiplied in [-1,1]
+)->torch.Tensor:       # (B,512), rows of unit length
+    "Silhouette and relief of a picture, blind to colour."
+    u = F.interpolate((x0.float() + 1)/2, (FORM_GRID, FORM_GRID), mode="area").clamp(0, 1)
+    alpha = u[:, 3:]
+    light = to_oklab((u[:, :3]/alpha.clamp_min(.05)).clamp(0, 1).movedim(1, -1))[..., :1].movedim(-1, 1)
+    mean = (alpha*light).sum((2, 3), keepdim=True)/alpha.sum((2, 3), keepdim=True).clamp_min(1e-3)
+    unit = lambda v, share: F.normalize(v.flatten(1), dim=1)*math.sqrt(share)
+    return torch.cat([unit(alpha - alpha.mean((2, 3), keepdim=True), _SILHOUETTE),
+                      unit((light - mean)*alpha, 1 - _SILHOUETTE)], 1)
 
 # %% ../nbs/01_data.ipynb #30586b7e
 def draw_coats(

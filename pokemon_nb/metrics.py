@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['READER_CARD', 'Figure', 'bootstrap', 'jackknife', 'colour_histogram', 'fit_logistic', 'all_coats', 'AttributeNet',
            'Attributes', 'attributes', 'LitReader', 'best_precision', 'make_reader', 'read_attributes', 'correct',
-           'save_reader', 'load_reader', 'frechet_distance', 'kid', 'precision_recall', 'features', 'describe_form',
-           'CopyDetector', 'copy_rate', 'Wanted', 'unseen_prompts', 'Judge', 'table', 'draw', 'evaluate',
-           'inception_features', 'clip_score', 'reader_card', 'plain', 'pokemon_metrics']
+           'save_reader', 'load_reader', 'frechet_distance', 'kid', 'precision_recall', 'features', 'CopyDetector',
+           'copy_rate', 'Wanted', 'unseen_prompts', 'Judge', 'table', 'draw', 'evaluate', 'inception_features',
+           'clip_score', 'reader_card', 'plain', 'pokemon_metrics']
 
 # %% ../nbs/04b_metrics.ipynb #8d62f4d7
 import math
@@ -346,20 +346,9 @@ def features(
     return torch.cat([net.features(x).float().cpu() for x in x0.split(batch_size)])
 
 # %% ../nbs/04b_metrics.ipynb #40c1c2b7
-_GRID, _SILHOUETTE = 16, .4            # side of the description in cells, share of the silhouette in it
-_ZOOMS, _SHIFTS = (.86, .93, 1., 1.08, 1.16), (-.07, 0., .07)
+from .data import FORM_GRID, describe_form
 
-def describe_form(
-    x0:torch.Tensor,   # (B,4,H,W) premultiplied in [-1,1]
-)->torch.Tensor:       # (B,512), rows of unit length
-    "Silhouette and relief of a picture, blind to colour."
-    u = F.interpolate((x0.float() + 1)/2, (_GRID, _GRID), mode="area").clamp(0, 1)
-    alpha = u[:, 3:]
-    light = to_oklab((u[:, :3]/alpha.clamp_min(.05)).clamp(0, 1).movedim(1, -1))[..., :1].movedim(-1, 1)
-    mean = (alpha*light).sum((2, 3), keepdim=True)/alpha.sum((2, 3), keepdim=True).clamp_min(1e-3)
-    unit = lambda v, share: F.normalize(v.flatten(1), dim=1)*math.sqrt(share)
-    return torch.cat([unit(alpha - alpha.mean((2, 3), keepdim=True), _SILHOUETTE),
-                      unit((light - mean)*alpha, 1 - _SILHOUETTE)], 1)
+_ZOOMS, _SHIFTS = (.86, .93, 1., 1.08, 1.16), (-.07, 0., .07)
 
 def _views(x0):
     "The pictures from many sides: mirrored, shifted, zoomed."
@@ -386,7 +375,7 @@ class CopyDetector:
         self.threshold = self.real.quantile(quantile).item()
 
     @staticmethod
-    def _small(x0): return F.interpolate(x0.float(), (2*_GRID, 2*_GRID), mode="area")
+    def _small(x0): return F.interpolate(x0.float(), (2*FORM_GRID, 2*FORM_GRID), mode="area")
 
     def similarity(self,
         x0:torch.Tensor,         # (B,4,S,S) any pictures

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'RUNTIMES', 'PROMPTS', 'TECHNIQUES', 'new_checkpoint', 'network_folders', 'to_bf16', 'point_into',
-           'export_graph', 'to_onnx', 'Graph', 'LeanPipeline', 'why_not', 'load_runtime', 'load', 'to_compiled',
-           'watch', 'to_int8', 'channels_to_keep', 'to_pruned', 'pokemon_quantize', 'ShortParam', 'save_pictures',
-           'writable_folder', 'png_recipe', 'pokemon_generate']
+           'export_graph', 'to_onnx', 'Graph', 'LeanPipeline', 'why_not', 'graphs_only', 'load_runtime', 'load',
+           'to_compiled', 'watch', 'to_int8', 'channels_to_keep', 'to_pruned', 'pokemon_quantize', 'ShortParam',
+           'save_pictures', 'writable_folder', 'png_recipe', 'pokemon_generate']
 
 # %% ../nbs/07_quantization.ipynb #07000006
 import json, os, shutil
@@ -282,11 +282,20 @@ def why_not(
     "What keeps an engine from running a checkpoint."
     module, file, technique, _ = ENGINES[engine]
     if importlib.util.find_spec(module) is None:
-        return f"{module} is not installed; run: pip install 'pokemon_nb[fast]' (or pip install {module})"
+        return f"{module} is not installed; run: pip install {module}"
     there = lambda place: (place / file).is_file() and (place / "graph.json").is_file()
-    if missing := [p.name for p in network_folders(folder) if not there(p)]:
+    if missing := [p.name for p in network_folders(folder) or [folder / "unet"] if not there(p)]:
         return f"{folder} has no {missing[0]}/{file}; make it: pokemon_quantize {technique} {folder}"
     return ""
+
+
+def graphs_only(
+    folder:Path,        # checkpoint folder
+)->str:                 # technique that made it, "" = its networks are PyTorch's
+    "Does a checkpoint hold nothing that PyTorch could run?"
+    try: index = json.loads((folder / "model_index.json").read_text())
+    except ValueError: return ""                        # damaged: whoever loads it will say so
+    return index.get("_technique", "graphs") if index.get("_module") else ""
 
 
 def load_runtime(
@@ -304,9 +313,8 @@ def load_runtime(
         raise ValueError(f"runtime: {runtime} runs on a CPU, got device {device!r}; use the runtime torch")
     can = [k for k in ("onnxruntime", "openvino") if not lacking[k] and pick_device(device) == "cpu"]
     engine = {"auto": can[0] if can else "", "torch": ""}.get(runtime, runtime)
-    index = json.loads((folder / "model_index.json").read_text())
-    if not engine and index.get("_module"):
-        raise ValueError(f"runtime: {folder} holds {index['_technique']} graphs only, which torch cannot run; "
+    if not engine and (technique := graphs_only(folder)):
+        raise ValueError(f"runtime: {folder} holds {technique} graphs only, which torch cannot run; "
                          f"{lacking['onnxruntime'] or 'use the runtime auto'}")
     if engine:
         try: pipe = LeanPipeline(folder, engine)
