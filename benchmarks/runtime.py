@@ -4,10 +4,10 @@
     python benchmarks/runtime.py --data DATA --n 1000              # and KID, faithfulness on the same seeds (minutes)
     python benchmarks/runtime.py --part peers                      # a picture against peers' DDIM-50 (minutes)
 
-Variants take turns and are compared within a round (chapter 06); the first one is the baseline and runs twice, as a check
-that "no difference" is printed for no difference. Folders of variants are made once, under --out. `error` is the norm of
-a network answer's difference to the baseline over the norm of the answer, mean over the calls of 8 guided pictures;
-`pixel` is the largest difference of a pixel of those pictures, in levels of 255.
+Variants take turns and are compared within a round (chapter 06); the first one is the baseline and runs twice, as a
+check that "no difference" is printed for no difference. Folders of variants are made once, under --out. `error` is the
+norm of a network answer's difference to the baseline over the norm of the answer, mean over the calls of 8 guided
+pictures; `pixel` is the largest difference of a pixel of those pictures, in levels of 255.
 """
 
 import json
@@ -127,7 +127,7 @@ def scaling(pipe, file: Path, rounds: int):
     sides = {str(s): (lambda s=s: pipe("a red bird", seed=0, size=s, output_type="pt")) for s in (32, 64, 96, 128)}
     with torch.inference_mode():
         for ax, variants, what in ((axes[0], many, "batch of one call"), (axes[1], sides, "side of a picture, px")):
-            rows = compare(variants, rounds)
+            rows = compare(variants, rounds, rest=0.05)
             x, y = [float(r.name) for r in rows], [1e3 * r.seconds for r in rows]
             k = exponent(x, y)
             ax.plot(x, y, "o-")
@@ -155,25 +155,41 @@ def techniques(checkpoint, data, out, n, pruned, rounds):
                 costs[name] |= row
     print(f"{base.describe(base.folder)}, {torch.get_num_threads()} threads\n\none call of the network, batch 1\n")
     with torch.inference_mode():
-        rows = compare({k: (lambda p=p: p.unet(*args)) for k, p in pipes.items()}, rounds)
+        rows = compare({k: (lambda p=p: p.unet(*args)) for k, p in pipes.items()}, rounds, rest=0.05)
         peaks, work = measure_peaks(), count_work(lambda: base.unet(*args))
     print(table(rows, costs))
-    print(
-        f"\n{base.unet.__class__.__name__}: {sum(w.flops for w in work) / 1e9:.3f} GFLOP a call, peak {peaks.flops / 1e9:.0f} GFLOP/s:"
-    )
+    flops = sum(w.flops for w in work) / 1e9
+    print(f"\n{flops:.3f} GFLOP a call; a matrix product reaches {peaks.flops / 1e9:.0f} GFLOP/s, of which")
     for r in rows:
-        print(f"  {r.name}: {utilisation(work, r.seconds, peaks):.0%} of the float32 peak")
+        print(f"  {r.name}: {utilisation(work, r.seconds, peaks):.0%}")
     print("\na guided picture, words of its own included\n")
     pictures = {
         k: (lambda p=p: p(f"a green bug number {next(number)}", seed=next(number), output_type="pt"))
         for k, p in pipes.items()
     }
-    print(table(compare(pictures, rounds), costs))
+    print(table(compare(pictures, rounds, rest=0.05), costs))
     fastest = pipes.get("ONNX Runtime", base)
     scaling(fastest, out / "scaling.png", rounds)
 
 
-def peers(checkpoint, rounds):
+def like_for_like(ours, nets: dict, rounds: int):
+    "One call of each network in the same runtime, OpenVINO, so that only the networks differ."
+    import openvino as ov
+
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    latent = torch.randn(1, ours.unet.config.in_channels, *[64 // ours.factor] * 2)
+    words = torch.nn.functional.normalize(torch.randn(1, 384), dim=1)
+    calls = {"ours": lambda: ours.unet(latent, torch.zeros(1), words)}
+    for name, (net, args) in nets.items():
+        request = ov.Core().compile_model(ov.convert_model(net, example_input=args), "CPU", options)
+        request = request.create_infer_request()
+        arrays = [a.numpy() for a in args]
+        calls[name] = lambda request=request, arrays=arrays: request.infer(arrays)
+    print(f"one call of each network in OpenVINO, {torch.get_num_threads()} threads\n")
+    print(table(compare(calls, rounds, rest=0.05)), "\n")
+
+
+def peers(checkpoint, rounds, calls_only):
     "One picture: ours with the fastest runtime, theirs as their examples draw, DDIM-50 in eager float32."
     from diffusers import DDIMScheduler
     from peers import conditional_unet, ddp_diffusion, unet2d
@@ -181,6 +197,18 @@ def peers(checkpoint, rounds):
     ours = load_runtime(checkpoint or SHIPPED, "auto", "cpu")
     torch.manual_seed(0)
     ddp, plain, cond = ddp_diffusion(50).eval(), unet2d().eval(), conditional_unet().eval()
+    level = torch.zeros(1).long()
+    like_for_like(
+        load_runtime(checkpoint or SHIPPED, "openvino", "cpu"),
+        {
+            "denoising_diffusion_pytorch": (ddp.model, (torch.randn(1, 4, 64, 64), level)),
+            "diffusers UNet2DModel": (plain, (torch.randn(1, 3, 64, 64), level)),
+            "diffusers UNet2DConditionModel": (cond, (torch.randn(1, 4, 64, 64), level, torch.randn(1, 1, 384))),
+        },
+        max(rounds, 15),
+    )
+    if calls_only:
+        return
     ddim = DDIMScheduler()
     ddim.set_timesteps(50)
     words = torch.nn.functional.normalize(torch.randn(1, 1, 384), dim=2)
@@ -225,7 +253,7 @@ def peers(checkpoint, rounds):
             "diffusers UNet2DModel": lambda: plain(x[:, :3], 0),
             "diffusers UNet2DConditionModel": lambda: cond(x, 0, encoder_hidden_states=words),
         }
-        third = compare(calls, rounds)
+        third = compare(calls, rounds, rest=0.05)
     print(f"{ours.describe('ours')}, {torch.get_num_threads()} threads\n")
     for rows in (first, second, third):
         print(table(rows), "\n")
@@ -235,7 +263,7 @@ def peers(checkpoint, rounds):
 
 @call_parse
 def main(
-    part: str = "techniques",  # "techniques" or "peers"
+    part: str = "techniques",  # "techniques", "peers" or "calls" (of peers, in the same runtime)
     checkpoint: str = "",  # checkpoint or run folder; empty = the shipped one
     data: str = "",  # captioned dataset folder, for the quality columns
     out: str = "runs/runtime",  # folders of the variants, scaling.png, quality-N.json
@@ -247,7 +275,7 @@ def main(
     "Print the tables."
     if threads:
         torch.set_num_threads(threads)
-    if part == "peers":
-        peers(checkpoint, min(rounds, 9))
+    if part in ("peers", "calls"):
+        peers(checkpoint, min(rounds, 9), part == "calls")
     else:
         techniques(checkpoint, data, Path(out), n, pruned, rounds)

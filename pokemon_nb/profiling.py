@@ -77,6 +77,7 @@ def compare(
     seed:int=0,                     # of the order within each round
     confidence:float=.99,           # of the intervals
     clock:Callable=time.perf_counter,   # seconds
+    rest:float=0.,                  # seconds of silence before each call, and one call that does not count
 )->list[Timed]:                     # in the order given
     "Let variants take turns and compare each with the first."
     if not variants: raise ValueError("compare: variants must hold at least a baseline, got none")
@@ -86,6 +87,9 @@ def compare(
     for r in range(warmup + rounds):
         order.shuffle(names)
         for k in names:
+            if rest:
+                time.sleep(rest)
+                variants[k]()
             sync()
             start = clock()
             variants[k]()

@@ -205,6 +205,8 @@ def _run_onnxruntime(folder):
     import onnxruntime as ort
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    # its threads wait for work by spinning, on the cores on which PyTorch encodes the words meanwhile
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     arrays = lambda args: {k: a.contiguous().numpy() for k, a in zip(names, args)}
@@ -410,6 +412,8 @@ def to_int8(
                 model, nncf.Dataset(calls), preset=nncf.QuantizationPreset.MIXED, subset_size=len(calls),
                 ignored_scope=nncf.IgnoredScope(types=others, names=ends, validate=False))
             large = {w.name: onnx.numpy_helper.to_array(w) for w in model.graph.initializer if len(w.raw_data) > 1024}
+            half = {k: v.astype("float16") for k, v in large.items() if v.dtype == "float32"}   # where nothing is lost
+            large |= {k: v for k, v in half.items() if (v == large[k]).all()}
             save_file(large, place / "diffusion_pytorch_model.safetensors")
             point_into(model, place / "diffusion_pytorch_model.safetensors")
             write_atomic(place / "model.onnx", model.SerializeToString())
