@@ -71,6 +71,9 @@ def curves(rows: dict, file: Path):
     if "teacher" in rows:
         ax.axhline(rows["teacher"]["kid"][0], color="k", ls=":", label=f"teacher, {rows['teacher']['calls']:g} calls")
     ax.set(xscale="log", xlabel="network calls a picture", ylabel="KID against the test split")
+    ticks = (2, 3, 4, 5, 6, 8, 11, 15, 21)
+    ax.set_xticks(ticks, [str(t) for t in ticks])
+    ax.minorticks_off()
     ax.legend(fontsize=8)
     fig.savefig(file, dpi=110)
 

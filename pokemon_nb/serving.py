@@ -196,6 +196,10 @@ class Failure:
     text:str = ""        # for the caller if refused, else for the log
 
 # %% ../nbs/08_serving.ipynb #cd44eaff
+import logging
+
+log = logging.getLogger("pokemon_nb.serving")
+
 class Painter:
     "A checkpoint that is ready to draw; used by one thread at a time."
     def __init__(self,
@@ -288,10 +292,6 @@ def _encode(image, format, recipe=None):
     return out.getvalue()
 
 # %% ../nbs/08_serving.ipynb #1b5a6827
-import logging
-
-log = logging.getLogger("pokemon_nb.serving")
-
 @patch
 def paint(self:Painter,
     asks:list[Ask],                  # that can be drawn together
