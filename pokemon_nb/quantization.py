@@ -9,10 +9,12 @@ __all__ = ['ENGINES', 'RUNTIMES', 'PROMPTS', 'TECHNIQUES', 'new_checkpoint', 'ne
            'save_pictures', 'writable_folder', 'png_recipe', 'pokemon_generate']
 
 # %% ../nbs/07_quantization.ipynb #07000006
-import json, os, shutil
+import hashlib, json, os, shutil, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from .data import write_atomic
 from .sampling import find_checkpoint
@@ -29,11 +31,14 @@ def new_checkpoint(
     if out.exists(): raise ValueError(f"out must be a folder that does not exist yet, got {out}")
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(source, part)
-    yield part
-    index = json.loads((part / "model_index.json").read_text())
-    write_atomic(part / "model_index.json", json.dumps(index | said, indent=2) + "\n")
-    os.replace(part, out)
+    try:
+        # what was made from the old weights says nothing of the new ones
+        shutil.copytree(source, part, ignore=shutil.ignore_patterns("model.onnx", "model.pt2", "graph.json"))
+        yield part
+        index = json.loads((part / "model_index.json").read_text())
+        write_atomic(part / "model_index.json", json.dumps(index | said, indent=2) + "\n")
+        os.replace(part, out)
+    finally: shutil.rmtree(part, ignore_errors=True)
 
 
 def network_folders(
@@ -48,7 +53,6 @@ def to_bf16(
     out:str|Path,           # folder to be made
 )->Path:                    # `out`
     "Networks that compute in bfloat16, channels-last."
-    import torch
     from safetensors.torch import load_file, save_file
     with new_checkpoint(checkpoint, out, _compute_dtype="bfloat16") as part:
         for folder in network_folders(part):
@@ -107,7 +111,6 @@ def point_into(
 # %% ../nbs/07_quantization.ipynb #0700000d
 def _example(net):
     "Arguments of a network, their names, and which of their dimensions may change."
-    import torch
     b, k, c = torch.export.Dim("batch", min=1, max=1024), torch.export.Dim("k", min=1, max=512), net.config
     step = 1 if hasattr(net, "decode") else net.min_side
     side = {0: b, 2: step * k, 3: step * k}
@@ -124,8 +127,6 @@ def export_graph(
     net,            # `UNet` or `Codec` in float32; of a codec, the decoder
 ):                  # torch.export.ExportedProgram for any batch and side, and the names of its inputs
     "Follow one call of a network with symbols for batch and side."
-    import torch
-
     class Decoder(torch.nn.Module):
         def __init__(self): super().__init__(); self.codec = net
         def forward(self, latent): return self.codec.decode(latent)
@@ -137,11 +138,9 @@ def export_graph(
         return torch.export.export(module.eval(), args, dynamic_shapes=shapes), names
 
 # %% ../nbs/07_quantization.ipynb #0700000e
-import warnings
-
 def _onnx(net):
     "A network as an onnx.ModelProto; weights have the names that they have in the network."
-    import logging, torch
+    import logging
     program, names = export_graph(net)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -162,10 +161,16 @@ def _onnx(net):
     return model
 
 
-def _facts(net, **more):
-    "What a runtime must know of a network besides its graph."
-    return dict(min_side=getattr(net, "min_side", 1), factor=getattr(net, "factor", 1),
-                parameters=net.num_parameters()) | more
+def _sha256(place):
+    "Of a network's weights."
+    return hashlib.sha256((place / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+
+
+def _write_facts(place, net, **more):
+    "What a runtime must know of a network besides its graph, and the weights that belong to it."
+    facts = dict(min_side=getattr(net, "min_side", 1), factor=getattr(net, "factor", 1), weights=str(net.dtype),
+                 parameters=net.num_parameters(), sha256=_sha256(place))
+    write_atomic(place / "graph.json", json.dumps(facts | more) + "\n")
 
 
 def to_onnx(
@@ -184,13 +189,11 @@ def to_onnx(
         model = _onnx(net)
         point_into(model, place / "diffusion_pytorch_model.safetensors")
         write_atomic(place / "model.onnx", model.SerializeToString())
-        write_atomic(place / "graph.json", json.dumps(_facts(net, weights=str(net.dtype))) + "\n")
+        _write_facts(place, net)
     return folder
 
 # %% ../nbs/07_quantization.ipynb #07000011
 from types import SimpleNamespace
-
-import torch
 
 
 def _run_openvino(folder):
@@ -232,6 +235,9 @@ class Graph:
         engine:str,         # key of `ENGINES`
     ):
         facts = json.loads((folder / "graph.json").read_text())
+        if facts["sha256"] != _sha256(folder):
+            raise ValueError(f"the weights in {folder} are not those that its graph was made from; make it again: "
+                             f"pokemon_quantize {ENGINES[engine][2]} {folder.parent}")
         self.config = SimpleNamespace(**json.loads((folder / "config.json").read_text()))
         self.min_side, self.factor, self.dtype = facts["min_side"], facts["factor"], facts["weights"]
         self.parameters = facts["parameters"]
@@ -257,8 +263,7 @@ class LeanPipeline(Drawing):
     ):
         folder = Path(folder)
         index = json.loads((folder / "model_index.json").read_text())
-        own = {"base_size": 0, "autoguidance": 0., "guidance": "pair", "guidance_interval": [0., 1e9], "training": ""}
-        self.config = SimpleNamespace(**own | {k: v for k, v in index.items() if not k.startswith("_")})
+        self.config = SimpleNamespace(**{k: v for k, v in index.items() if not k.startswith("_")})
         process = json.loads((folder / "scheduler/scheduler_config.json").read_text())
         self.scheduler = noise_process(**{k: v for k, v in process.items() if not k.startswith("_")})
         for place in network_folders(folder): setattr(self, place.name, Graph(place, engine))
@@ -355,7 +360,7 @@ def to_compiled(
             net = getattr(pipe, place.name).float()
             program, _ = export_graph(net)
             with torch.no_grad(): aoti_compile_and_package(program, package_path=str((place / "model.pt2").resolve()))
-            write_atomic(place / "graph.json", json.dumps(_facts(net, weights=str(net.dtype))) + "\n")
+            _write_facts(place, net)
     return Path(out)
 
 # %% ../nbs/07_quantization.ipynb #0700001d
@@ -418,7 +423,7 @@ def to_int8(
             point_into(model, place / "diffusion_pytorch_model.safetensors")
             write_atomic(place / "model.onnx", model.SerializeToString())
             floats = [n.name for n in model.graph.node if n.op_type in ("Gemm", "MatMul")] + ends
-            write_atomic(place / "graph.json", json.dumps(_facts(net, weights="int8", in_float=floats)) + "\n")
+            _write_facts(place, net, weights="int8", in_float=floats)
     return Path(out)
 
 # %% ../nbs/07_quantization.ipynb #07000020

@@ -393,9 +393,9 @@ class Drawing:
 
     def to_pictures(self,
         x:torch.Tensor,     # (B,c,h,w) what `unet` draws: latents or pixels
-    )->torch.Tensor:        # (B,C,H,W) in [-1,1]
+    )->torch.Tensor:        # (B,C,H,W) float32 in [-1,1], whatever the networks compute in
         "Decode latents; pixels are only clamped."
-        return (self.codec.decode(x) if self.codec else x).clamp(-1, 1)
+        return (self.codec.decode(x) if self.codec else x).float().clamp(-1, 1)
 
     @property
     def text_encoder(self)->TextEncoder:
