@@ -59,7 +59,7 @@ from .serving import Limits
 def cloud_run_service(
     image:str,                    # image with digest or tag, e.g. europe-west1-docker.pkg.dev/P/pokemon/serve:1
     name:str="pokemon-nb",        # of the service
-    measured:float=870.,          # MiB, from `measure`
+    measured:float=670.,          # MiB, from `measure`
     cpu:int=2,                    # cores; `--workers 1` uses all of them
     most:int=3,                   # instances at most
     account:str|None=None,        # service account; None = the project's default one
@@ -114,7 +114,7 @@ def pokemon_deploy(
     name:str="pokemon-nb",       # of the service
     repository:str="pokemon",    # Artifact Registry repository
     tag:str="latest",            # of the image; better a version
-    memory:float=870.,           # MiB that the service holds, see `measure`; Cloud Run gets 1.3 times that
+    memory:float=670.,           # MiB that the service holds, see `measure`; Cloud Run gets 1.3 times that
     cpu:int=2,                   # cores
     most:int=3,                  # instances at most: the ceiling on cost
     account:str=None,            # service account
