@@ -22,7 +22,7 @@ import pokemon_nb
 from pokemon_nb.data import write_atomic
 from pokemon_nb.ddpm import load_pipeline
 from pokemon_nb.profiling import compare, count_work, measure_peaks, table, utilisation
-from pokemon_nb.quantization import PROMPTS, TECHNIQUES, load_runtime, watch, why_not
+from pokemon_nb.quantization import PROMPTS, TECHNIQUES, load_runtime, openvino_core, watch, why_not
 
 SHIPPED = Path(pokemon_nb.__file__).parent / "weights/pokemon-64"
 # row -> (technique that makes its checkpoint, runtime)
@@ -185,7 +185,7 @@ def like_for_like(ours, nets: dict, rounds: int):
     words = torch.nn.functional.normalize(torch.randn(1, 384), dim=1)
     calls = {"ours": lambda: ours.unet(latent, torch.zeros(1), words)}
     for name, (net, args) in nets.items():
-        request = ov.Core().compile_model(ov.convert_model(net, example_input=args), "CPU", options)
+        request = openvino_core().compile_model(ov.convert_model(net, example_input=args), "CPU", options)
         request = request.create_infer_request()
         arrays = [a.numpy() for a in args]
         calls[name] = lambda request=request, arrays=arrays: request.infer(arrays)

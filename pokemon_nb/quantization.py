@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'RUNTIMES', 'PROMPTS', 'TECHNIQUES', 'new_checkpoint', 'network_folders', 'to_bf16', 'point_into',
-           'export_graph', 'to_onnx', 'Graph', 'LeanPipeline', 'why_not', 'graphs_only', 'load_runtime', 'load',
-           'to_compiled', 'watch', 'to_int8', 'channels_to_keep', 'to_pruned', 'pokemon_quantize', 'ShortParam',
-           'save_pictures', 'writable_folder', 'png_recipe', 'pokemon_generate']
+           'export_graph', 'to_onnx', 'openvino_core', 'Graph', 'LeanPipeline', 'why_not', 'graphs_only',
+           'load_runtime', 'load', 'to_compiled', 'watch', 'to_int8', 'channels_to_keep', 'to_pruned',
+           'pokemon_quantize', 'ShortParam', 'save_pictures', 'writable_folder', 'png_recipe', 'pokemon_generate']
 
 # %% ../nbs/07_quantization.ipynb #07000006
 import hashlib, json, os, shutil, warnings
@@ -193,13 +193,20 @@ def to_onnx(
     return folder
 
 # %% ../nbs/07_quantization.ipynb #07000011
+from functools import cache
 from types import SimpleNamespace
 
 
-def _run_openvino(folder):
+@cache
+def openvino_core():
+    "One for the life of the process: it has signals handled on a stack of its own and frees that stack when it ends."
     import openvino as ov
+    return ov.Core()
+
+
+def _run_openvino(folder):
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-    request = ov.Core().compile_model(str(folder / "model.onnx"), "CPU", options).create_infer_request()
+    request = openvino_core().compile_model(str(folder / "model.onnx"), "CPU", options).create_infer_request()
     # one copy of what comes out: the request writes its next answer to the same place
     return lambda *args: torch.from_numpy(request.infer([a.contiguous().numpy() for a in args])[0].copy())
 

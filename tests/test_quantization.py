@@ -116,6 +116,20 @@ def test_a_lean_command_loads_no_large_library(tmp_path):
     assert done.stdout.strip() == "[]"
 
 
+def test_a_signal_after_openvino_is_no_crash():
+    "OpenVINO's core has signals handled on a stack of its own; were it freed, the next signal would end the process."
+    code = (
+        "import gc, os, signal, sys; from pokemon_nb.quantization import load_runtime\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: None)\n"
+        "for _ in range(3):\n"
+        "    load_runtime(sys.argv[1], 'openvino'); gc.collect(); [bytearray(8192) for _ in range(2000)]\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, SHIPPED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+
+
 def test_auto_says_why_it_is_not_faster(tiny, graphs, monkeypatch):
     assert "has no unet/model.onnx" in load_runtime(tiny).fallback
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
