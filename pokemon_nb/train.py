@@ -9,8 +9,8 @@ __all__ = ['RIGHTS', 'CARD', 'JUDGED', 'refuse_unknown', 'require', 'DataConfig'
            'ema_decay', 'LitDiffusion', 'first_stage', 'first_stage_metrics', 'differences', 'start_from', 'orthogonal',
            'MuonAdamW', 'split_matrices', 'lr_factor', 'JSONLLogger', 'read_metrics', 'git_commit', 'environment',
            'model_card', 'judged_tables', 'save_checkpoint', 'sample_grid', 'Snapshot', 'speak', 'prepare', 'start_run',
-           'make_trainer', 'make_loggers', 'train', 'forget_run', 'fit', 'plot_metrics', 'finish', 'same_latents',
-           'publish', 'pokemon_train']
+           'stoppers', 'make_trainer', 'make_loggers', 'train', 'resume_point', 'forget_run', 'fit', 'plot_metrics',
+           'finish', 'same_latents', 'publish', 'pokemon_train']
 
 # %% ../nbs/05_train.ipynb #2417678b
 import difflib
@@ -154,15 +154,17 @@ class TrainingParams:
     val_every:int = 500               # steps between validations, each with samples and a saved state
     val_levels:int = 8                # noise levels at which each validation picture is judged
     grid_prompts:int = 16             # prompts in the grids drawn while training; the last grid has all
-    early_stopping:int = 0            # validations without improvement before stopping; 0 = never
+    early_stopping:int = 0            # validations without a better val_loss before stopping; 0 = never
+    max_copy_rate:float = 1.0         # stop when surely a larger share of what is drawn are copies; 1 = do not look
+    copy_pictures:int = 64            # pictures drawn at each validation to see whether they are copies
 
     def __post_init__(self):
         for key, low in dict(steps=1, batch_size=1, warmup=0, ema_halflife=1, log_every=1, val_every=1, val_levels=1,
-                             grid_prompts=1, early_stopping=0).items():
+                             grid_prompts=1, early_stopping=0, copy_pictures=8).items():
             require(getattr(self, key) >= low, f"training_params.{key}", f"be at least {low}", getattr(self, key))
         require(self.lr > 0, "training_params.lr", "be positive", self.lr)
-        require(0 <= self.decay <= 1, "training_params.decay", "lie in [0,1]", self.decay)
-        require(0 <= self.caption_dropout <= 1, "training_params.caption_dropout", "lie in [0,1]", self.caption_dropout)
+        for key in ("decay", "caption_dropout", "max_copy_rate"):
+            require(0 <= getattr(self, key) <= 1, f"training_params.{key}", "lie in [0,1]", getattr(self, key))
 
 # %% ../nbs/05_train.ipynb #9aa6eafa
 @dataclass(frozen=True)
@@ -199,6 +201,9 @@ class TrainConfig:
         require(self.seed >= 0, "seed", "be at least 0", self.seed)
         modes = ("auto", "online", "offline", "disabled")
         require(self.wandb in modes, "wandb", f"be one of {', '.join(modes)}", self.wandb)
+        blind = self.data.channels != 4 and self.training_params.max_copy_rate < 1
+        require(not blind, "training_params.max_copy_rate", "be 1 without alpha (data.channels=3)",
+                self.training_params.max_copy_rate)
 
 # %% ../nbs/05_train.ipynb #ff215cf3
 import json, shlex
@@ -603,6 +608,9 @@ def on_train_batch_end(self:LitDiffusion, outputs, batch:dict, batch_idx:int):
         for logger in self.loggers: logger.log_metrics({"images": images} | row, step=self.global_step)
 
 # %% ../nbs/05_train.ipynb #5a7e4799
+from .metrics import CopyDetector, copy_rate, draw
+
+
 @patch
 def on_validation_epoch_start(self:LitDiffusion):
     "Start the sums."
@@ -624,14 +632,30 @@ def validation_step(self:LitDiffusion, batch:dict, batch_idx:int):
 
 
 @patch
+def copies(self:LitDiffusion)->dict[str, float]:     # `copy_rate` and the lower end of its interval; empty if unasked
+    "Share of copies among pictures that the averaged weights draw of validation captions."
+    t, data = self.cfg.training_params, self.trainer.datamodule
+    if t.max_copy_rate == 1: return {}
+    if not hasattr(self, "detector"):
+        every = lambda split: split.batch(range(len(split)))
+        self.detector = CopyDetector(every(data.train_set), every(data.val_set))
+    words = [r["text"] for r in speak(data.val_set)]
+    with torch.inference_mode(False), torch.no_grad():                 # its weights must be ordinary tensors
+        x0 = draw(self.pipeline(), [words[i % len(words)] for i in range(t.copy_pictures)])
+    rate = copy_rate(self.detector, x0)
+    return {"copy_rate": rate.value, "copy_rate_low": rate.low}
+
+
+@patch
 def on_validation_epoch_end(self:LitDiffusion):
-    "Write a row of validation metrics and tell Lightning, for early stopping and the progress bar."
+    "Write a row of validation metrics and tell Lightning, for `stoppers` and the progress bar."
     losses = (self.val_sums / self.val_count).tolist()
     third = max(1, len(losses) // 3)
     row = {"val_loss": sum(losses) / len(losses), "val_loss_low": sum(losses[:third]) / third,
            "val_loss_mid": sum(losses[third:-third] or losses) / len(losses[third:-third] or losses),
            "val_loss_high": sum(losses[-third:]) / third}
-    self.log("val_loss", row["val_loss"], prog_bar=True, logger=False)
+    row |= self.copies()
+    for key, value in row.items(): self.log(key, value, prog_bar=key == "val_loss", logger=False)
     for logger in self.loggers: logger.log_metrics({"images": self.images_seen()} | row, step=self.global_step)
     self.last_val = row
 
@@ -854,21 +878,37 @@ class Snapshot(L.Callback):
     def __init__(self,
         run:Path,             # run folder
         prompts:list[str],    # what to draw
-    ): self.run, self.prompts, self.start = run, prompts, None
+    ): self.run, self.prompts, self.start, self.stopped, self.best = run, prompts, None, False, math.inf
+
+    def state_dict(self)->dict: return {"stopped": self.stopped, "best": self.best}
+    def load_state_dict(self, state:dict): self.stopped, self.best = state["stopped"], state["best"]
+
+    def keep(self,
+        row:dict,             # of the validation
+        t:TrainingParams,     # may it stop early?
+    )->bool:                  # whether the new weights replace the checkpoint
+        "Without early stopping always; with it, unless an earlier loss was lower or the pictures are copies."
+        worse = t.early_stopping and row["val_loss"] > self.best
+        if row.get("copy_rate_low", 0) > t.max_copy_rate or worse: return not (self.run / "checkpoint").exists()
+        self.best = row["val_loss"]
+        return True
 
     def on_train_start(self, trainer, module): self.start = (time.perf_counter(), trainer.global_step)
 
     def on_validation_end(self, trainer, module):
         "Take the snapshot (first rank only) and say how it goes."
-        step, t = trainer.global_step, module.cfg.training_params
+        step, t, row = trainer.global_step, module.cfg.training_params, module.last_val
+        kept, self.stopped = self.keep(row, t), trainer.should_stop
         if trainer.is_global_zero:
             with torch.inference_mode(False): pipe = module.pipeline()     # its weights must be ordinary tensors
-            metrics = {"data": module.data_kind, "step": step, "images": module.images_seen()} | module.last_val
+            metrics = {"data": module.data_kind, "step": step, "images": module.images_seen()} | row
             if module.base: metrics["first stage"] = first_stage_metrics(module.cfg.model.base)
-            save_checkpoint(pipe, self.run / "checkpoint", self.run.name, metrics)
+            if kept: save_checkpoint(pipe, self.run / "checkpoint", self.run.name, metrics)
             grid = sample_grid(pipe, self.prompts[:t.grid_prompts], cols=8 if len(self.prompts) > 16 else 4)
             write_atomic(self.run / "samples" / f"step_{step:06d}.png", png_bytes(grid))
-            print(self.progress(step, t, module.last_val["val_loss"]), flush=True)
+            print(self.progress(step, t, row["val_loss"]) + ("" if kept else " · checkpoint not replaced"), flush=True)
+            for stopper in trainer.early_stopping_callbacks:
+                if stopper.stopping_reason_message: print("stopped early:", stopper.stopping_reason_message, flush=True)
         trainer.save_checkpoint(self.run / "last.ckpt.part")
         if trainer.is_global_zero: os.replace(self.run / "last.ckpt.part", self.run / "last.ckpt")
 
@@ -943,6 +983,16 @@ from .metrics import best_precision
 from .sampling import pick_device
 
 
+def stoppers(
+    t:TrainingParams,           # when to stop
+)->list[EarlyStopping]:         # Lightning's callbacks for it
+    "Stop when the validation loss falls no longer, or when the pictures are copies beyond doubt."
+    loss = dict(monitor="val_loss", patience=t.early_stopping)
+    copies = dict(monitor="copy_rate_low", patience=t.steps, divergence_threshold=t.max_copy_rate)
+    wanted = [loss] * (t.early_stopping > 0) + [copies] * (t.max_copy_rate < 1)
+    return [EarlyStopping(**kw, verbose=True) for kw in wanted]
+
+
 def make_trainer(
     cfg:TrainConfig,      # the run
     run:Path,             # run folder
@@ -952,8 +1002,7 @@ def make_trainer(
 )->L.Trainer:             # Lightning's Trainer
     "Lightning does the loop; these are its settings."
     t = cfg.training_params
-    callbacks = [Snapshot(run, prompts)]
-    if t.early_stopping: callbacks.append(EarlyStopping("val_loss", patience=t.early_stopping, verbose=True))
+    callbacks = [*stoppers(t), Snapshot(run, prompts)]                # in this order: a snapshot knows of a stop
     return L.Trainer(
         default_root_dir=run, accelerator="gpu" if device == "cuda" else device, devices=cfg.device.devices,
         precision=precision, max_steps=t.steps, max_epochs=-1, gradient_clip_val=t.grad_clip or None,
@@ -1002,19 +1051,29 @@ def train(
     env = environment(cfg, open_dataset(root).hash, device, precision)
     write_atomic(run / "environment.json", json.dumps(env, indent=1) + "\n")
     prompts = list(cfg.data.prompts) or [r["text"] for r in speak(data.val_set)[:36]]
-    start = torch.load(state, map_location="cpu", weights_only=True)["global_step"] if state else 0
+    start, stopped = resume_point(state)
     n = sum(p.numel() for p in module.denoise.parameters()) / 1e6
     print(f"device {device}, {precision}, {env['threads']} threads · {n:.1f} M parameters · text {encoder.source} · "
           f"steps {start} -> {cfg.training_params.steps} of {cfg.training_params.batch_size} · run {run}", flush=True)
-    if start < cfg.training_params.steps: fit(cfg, run, module, data, prompts, start, state, device, precision)
+    if start < t.steps and not stopped: fit(cfg, run, module, data, prompts, start, state, device, precision)
     else:
         JSONLLogger(run / "metrics.jsonl", start)          # drops rows beyond the last saved state
-        print("this run is complete; nothing to train")
+        print(f"this run stopped early at step {start}; nothing to train" if stopped else
+              "this run is complete; nothing to train")
     finish(cfg, run, prompts)
     return run
 
 # %% ../nbs/05_train.ipynb #8ab1be49
 def _with_out(cfg, out): return dataclasses.replace(cfg, out=str(out))
+
+
+def resume_point(
+    state:Path|None,      # last.ckpt
+)->tuple[int, bool]:      # steps done; whether the run stopped early
+    "Where a run goes on, if it does."
+    if not state: return 0, False
+    saved = torch.load(state, map_location="cpu", weights_only=True)
+    return saved["global_step"], saved["callbacks"].get("Snapshot", {}).get("stopped", False)
 
 
 def forget_run(

@@ -379,6 +379,41 @@ def test_a_build_without_captions_is_described_from_its_facts(tmp_path, capsys):
 # second stages and students
 
 
+def test_a_run_whose_loss_rises_stops_and_keeps_its_best(small, tmp_path, capsys):
+    "A rate that destroys the network: the checkpoint stays the one from before, and a second start trains nothing."
+    extra = "training_params.early_stopping=2 training_params.lr=3.0 training_params.warmup=0 optimizer=sgd"
+    run = run_tiny(small, tmp_path / "run", steps=200, extra=f"{extra} training_params.ema_halflife=1")
+    said = capsys.readouterr().out
+    losses = {r["step"]: r["val_loss"] for r in read_metrics(run / "metrics.jsonl") if "val_loss" in r}
+    best = min(losses, key=losses.get)
+    assert list(losses)[-3:] == [best, best + 10, best + 20] and best + 20 < 200
+    assert json.loads((run / "checkpoint/metrics.json").read_text())["step"] == best
+    seen = list(losses.values())
+    worse = sum(v > min(seen[:i]) for i, v in enumerate(seen) if i)
+    assert said.count("checkpoint not replaced") == worse and "did not improve in the last 2 records" in said
+    before = state_of(run)
+    run_tiny(small, run, steps=200, extra=f"{extra} training_params.ema_halflife=1")
+    assert f"stopped early at step {best + 20}; nothing to train" in capsys.readouterr().out
+    assert_same(state_of(run), before)
+
+
+def test_a_run_that_copies_stops(small, tmp_path, capsys, monkeypatch):
+    "With a detector that was calibrated on noise, and so takes any body for a copy, the first validation is the last."
+    from pokemon_nb.metrics import CopyDetector
+
+    watched = "training_params.copy_pictures=16 training_params.max_copy_rate"
+    run = run_tiny(small, tmp_path / "honest", extra=f"{watched}=0.9")
+    rows = [r for r in read_metrics(run / "metrics.jsonl") if "val_loss" in r]
+    assert [r["step"] for r in rows] == [10, 20] and all(0 <= r["copy_rate_low"] <= r["copy_rate"] < 1 for r in rows)
+    noise = torch.rand(8, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    monkeypatch.setattr("pokemon_nb.train.CopyDetector", lambda pictures, _: CopyDetector(pictures, noise, 0.0))
+    capsys.readouterr()
+    run = run_tiny(small, tmp_path / "copies", extra=f"{watched}=0.1")
+    row = read_metrics(run / "metrics.jsonl")[-1]
+    assert row["step"] == 10 and row["copy_rate_low"] > 0.1
+    assert "copy_rate_low" in capsys.readouterr().out and (run / "checkpoint/model_index.json").is_file()
+
+
 @pytest.fixture(scope="module")
 def first(small, tmp_path_factory):
     return run_tiny(small, tmp_path_factory.mktemp("first") / "run", 10)
