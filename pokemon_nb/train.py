@@ -437,7 +437,8 @@ def start_from(
     "Take over the weights of a checkpoint; raises ValueError naming the settings in which the two networks differ."
     pipe = load_pipeline(folder, "cpu")
     old = pipe.upsampler if net.config.cond_channels and pipe.upsampler else pipe.unet
-    fits = lambda c: {k: v for k, v in c.items() if not k.startswith("_")}
+    plain = lambda v: list(v) if isinstance(v, tuple) else v                  # a setting that is newer gets its default
+    fits = lambda c: {k: plain(v) for k, v in c.items() if not k.startswith("_")}
     if changed := differences(fits(dict(old.config)), fits(dict(net.config))):
         raise ValueError(f"model.init: {folder} holds another network ({'; '.join(changed)}); choose the same model")
     net.load_state_dict(old.float().state_dict())
