@@ -23,6 +23,7 @@ from pokemon_nb.data import write_atomic
 from pokemon_nb.ddpm import load_pipeline
 from pokemon_nb.profiling import compare, count_work, measure_peaks, table, utilisation
 from pokemon_nb.quantization import PROMPTS, TECHNIQUES, load_runtime, openvino_core, watch, why_not
+from pokemon_nb.sampling import native_bf16
 
 SHIPPED = Path(pokemon_nb.__file__).parent / "weights/pokemon-64"
 # row -> (technique that makes its checkpoint, runtime)
@@ -33,8 +34,10 @@ ROWS = {
     "machine code": ("compiled", "compiled"),
     "ONNX Runtime": ("", "onnxruntime"),
     "OpenVINO": ("", "openvino"),
+    "OpenVINO bfloat16": ("", "openvino-bf16"),
     "ONNX Runtime int8": ("int8", "onnxruntime"),
     "OpenVINO int8": ("int8", "openvino"),
+    "OpenVINO int8, the rest in bfloat16": ("int8", "openvino-bf16"),
 }
 
 
@@ -176,11 +179,12 @@ def techniques(checkpoint, data, out, n, pruned, rounds):
     scaling(fastest, out / "scaling.png", rounds)
 
 
-def like_for_like(ours, nets: dict, rounds: int):
+def like_for_like(ours, nets: dict, rounds: int, precision: str):
     "One call of each network in the same runtime, OpenVINO, so that only the networks differ."
     import openvino as ov
 
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    options["INFERENCE_PRECISION_HINT"] = precision
     latent = torch.randn(1, ours.unet.config.in_channels, *[64 // ours.factor] * 2)
     words = torch.nn.functional.normalize(torch.randn(1, 384), dim=1)
     calls = {"ours": lambda: ours.unet(latent, torch.zeros(1), words)}
@@ -189,7 +193,7 @@ def like_for_like(ours, nets: dict, rounds: int):
         request = request.create_infer_request()
         arrays = [a.numpy() for a in args]
         calls[name] = lambda request=request, arrays=arrays: request.infer(arrays)
-    print(f"one call of each network in OpenVINO, {torch.get_num_threads()} threads\n")
+    print(f"one call of each network in OpenVINO, {precision}, {torch.get_num_threads()} threads\n")
     print(table(compare(calls, rounds, rest=0.05)), "\n")
 
 
@@ -202,15 +206,13 @@ def peers(checkpoint, rounds, calls_only):
     torch.manual_seed(0)
     ddp, plain, cond = ddp_diffusion(50).eval(), unet2d().eval(), conditional_unet().eval()
     level = torch.zeros(1).long()
-    like_for_like(
-        load_runtime(checkpoint or SHIPPED, "openvino", "cpu"),
-        {
-            "denoising_diffusion_pytorch": (ddp.model, (torch.randn(1, 4, 64, 64), level)),
-            "diffusers UNet2DModel": (plain, (torch.randn(1, 3, 64, 64), level)),
-            "diffusers UNet2DConditionModel": (cond, (torch.randn(1, 4, 64, 64), level, torch.randn(1, 1, 384))),
-        },
-        max(rounds, 15),
-    )
+    theirs = {
+        "denoising_diffusion_pytorch": (ddp.model, (torch.randn(1, 4, 64, 64), level)),
+        "diffusers UNet2DModel": (plain, (torch.randn(1, 3, 64, 64), level)),
+        "diffusers UNet2DConditionModel": (cond, (torch.randn(1, 4, 64, 64), level, torch.randn(1, 1, 384))),
+    }
+    for runtime, precision in [("openvino", "f32")] + [("openvino-bf16", "bf16")] * native_bf16():
+        like_for_like(load_runtime(checkpoint or SHIPPED, runtime, "cpu"), theirs, max(rounds, 15), precision)
     if calls_only:
         return
     ddim = DDIMScheduler()

@@ -203,16 +203,15 @@ class LitReader(L.LightningModule):
         if self.global_step > .7*self.steps: self.average.update_parameters(self.net)
 
 # %% ../nbs/04b_metrics.ipynb #3cd8d234
+from .sampling import native_bf16
+
 def best_precision(
     device:str,        # "cpu", "cuda" or "mps"
     asked:str="auto",  # "auto" or a precision of Lightning's
 )->str:                # Lightning's name of it
     "bf16 where the hardware multiplies it natively, else 32 bit."
     if asked != "auto": return asked
-    if device == "cuda": return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32"
-    if device != "cpu": return "32"
-    can = getattr(torch.cpu, "get_capabilities", dict)()       # torch 2.9 and later; without it, no risk is taken
-    return "bf16-mixed" if can.get("avx512_bf16") or can.get("amx_bf16") else "32"
+    return "bf16-mixed" if native_bf16(device) else "32"
 
 # %% ../nbs/04b_metrics.ipynb #4fb7b100
 import logging, warnings

@@ -193,7 +193,7 @@ def to_onnx(
     return folder
 
 # %% ../nbs/07_quantization.ipynb #07000011
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 
@@ -204,8 +204,10 @@ def openvino_core():
     return ov.Core()
 
 
-def _run_openvino(folder):
-    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+def _run_openvino(folder, precision="f32"):
+    # left to itself, OpenVINO computes in bf16 wherever the processor can, so that pictures would depend on it
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY",
+               "INFERENCE_PRECISION_HINT": precision}
     request = openvino_core().compile_model(str(folder / "model.onnx"), "CPU", options).create_infer_request()
     # one copy of what comes out: the request writes its next answer to the same place
     return lambda *args: torch.from_numpy(request.infer([a.contiguous().numpy() for a in args])[0].copy())
@@ -231,6 +233,7 @@ def _run_compiled(folder):
 # name -> (module that must be installed, file that a network's folder must hold, technique that makes it, opener)
 ENGINES = {"onnxruntime": ("onnxruntime", "model.onnx", "onnx", _run_onnxruntime),
            "openvino": ("openvino", "model.onnx", "onnx", _run_openvino),
+           "openvino-bf16": ("openvino", "model.onnx", "onnx", partial(_run_openvino, precision="bf16")),
            "compiled": ("torch", "model.pt2", "compiled", _run_compiled)}
 RUNTIMES = ("auto", "torch", *ENGINES)
 
@@ -257,7 +260,7 @@ class Graph:
     def num_parameters(self): return self.parameters
 
 # %% ../nbs/07_quantization.ipynb #07000014
-from .sampling import Drawing, noise_process, pick_device
+from .sampling import Drawing, native_bf16, noise_process, pick_device
 
 
 class LeanPipeline(Drawing):
@@ -297,6 +300,7 @@ def why_not(
     module, file, technique, _ = ENGINES[engine]
     if importlib.util.find_spec(module) is None:
         return f"{module} is not installed; run: pip install {module}"
+    if engine.endswith("bf16") and not native_bf16(): return "this processor does not multiply bf16; use openvino"
     there = lambda place: (place / file).is_file() and (place / "graph.json").is_file()
     if missing := [p.name for p in network_folders(folder) or [folder / "unet"] if not there(p)]:
         return f"{folder} has no {missing[0]}/{file}; make it: pokemon_quantize {technique} {folder}"

@@ -7,7 +7,7 @@ __all__ = ['PREDICTIONS', 'GUIDANCE', 'SAMPLERS', 'add_noise', 'check_steps', 'E
            'Preconditioner', 'noise_process', 'Denoiser', 'gaussian_denoiser', 'Guided', 'GuidedByLength', 'CountCalls',
            'make_hint', 'shrink', 'Enlarge', 'no_callback', 'sample_ddim', 'sample_ddpm', 'sample_heun',
            'sample_dpmpp_2m', 'Drawn', 'Drawing', 'picture_generators', 'draw_noise', 'clamped', 'check_call',
-           'is_checkpoint', 'find_checkpoint', 'pick_device', 'png_bytes', 'slug']
+           'is_checkpoint', 'find_checkpoint', 'pick_device', 'native_bf16', 'png_bytes', 'slug']
 
 # %% ../nbs/03b_sampling.ipynb #dcf56189
 import math
@@ -585,6 +585,16 @@ def pick_device(
         here = ", ".join(d for d, ok in there.items() if ok)
         raise ValueError(f"device: {device!r} is not available here; available: {here}")
     return device
+
+
+def native_bf16(
+    device:str="cpu",    # "cpu", "cuda" or "mps"
+)->bool:                 # False where one cannot know
+    "Does the hardware multiply bf16 numbers itself? Elsewhere they are slower than float32, not faster."
+    if device.startswith("cuda"): return torch.cuda.is_bf16_supported()
+    if device != "cpu": return False
+    can = getattr(torch.cpu, "get_capabilities", dict)()       # torch 2.9 and later
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 @patch

@@ -1486,7 +1486,7 @@ def pokemon_serve(
     port:int=None,         # port to listen on; left out = $PORT, else 8000; 0 = any free one
     checkpoint:str=None,   # checkpoint or run folder; left out = the newest run, else the package's own
     device:str="auto",     # cpu, cuda or mps; auto = a GPU when there is one
-    runtime:str="auto",             # auto = the fastest there is, torch, onnxruntime, openvino, or compiled
+    runtime:str="auto",             # auto = the fastest there is, torch, onnxruntime, openvino, openvino-bf16, compiled
     workers:int=1,         # processes that draw
     data:str=None,         # dataset folder to compare pictures with; left out = the checkpoint's own table
     batch:int=16,          # pictures drawn at once, at most

@@ -24,6 +24,7 @@ from pokemon_nb.quantization import (
     to_onnx,
     to_pruned,
 )
+from pokemon_nb.sampling import native_bf16
 from pokemon_nb.unet import UNet
 
 SHIPPED = Path(quantization.__file__).parent / "weights/pokemon-64"
@@ -68,6 +69,20 @@ def test_a_picture_does_not_depend_on_the_batch(engine):
     for i, words in enumerate(WORDS):
         alone = pipe(words, seed=3 + i, output_type="pt").images
         assert (together[i] - alone[0]).abs().max() * 255 / 2 < 1
+
+
+@pytest.mark.skipif(not native_bf16(), reason="needs a processor that multiplies bf16")
+def test_bf16_is_asked_for_by_name():
+    "Its pictures are like float32's but not the same; `openvino` alone is float32 on every processor."
+    exact, coarse = (draw(load_runtime(SHIPPED, k)) for k in ("openvino", "openvino-bf16"))
+    assert 1 < (exact - coarse).abs().max() * 255 / 2
+    assert (exact - coarse).abs().mean() * 255 / 2 < 4
+
+
+def test_bf16_is_refused_where_it_would_be_emulated(monkeypatch):
+    monkeypatch.setattr(quantization, "native_bf16", lambda: False)
+    with pytest.raises(ValueError, match="does not multiply bf16; use openvino"):
+        load_runtime(SHIPPED, "openvino-bf16")
 
 
 def test_a_cascade_is_exported_whole(tiny, graphs):
