@@ -5,7 +5,8 @@
     python benchmarks/runtime.py --part peers                      # a picture against peers' DDIM-50 (minutes)
 
 Variants take turns and are compared within a round (chapter 06); the first one is the baseline and runs twice, as a
-check that "no difference" is printed for no difference. Folders of variants are made once, under --out. `error` is the
+check that "no difference" is printed for no difference. What is not installed (openvino, nncf, torchao) is named and
+left out. Folders of variants are made once, under --out. `error` is the
 norm of a network answer's difference to the baseline over the norm of the answer, mean over the calls of 8 guided
 pictures; `pixel` is the largest difference of a pixel of those pictures, in levels of 255.
 """
@@ -32,6 +33,7 @@ ROWS = {
     "PyTorch float32 again": ("", "torch"),
     "PyTorch bfloat16": ("bf16", "torch"),
     "machine code": ("compiled", "compiled"),
+    "torchao int8": ("", "torchao"),
     "ONNX Runtime": ("", "onnxruntime"),
     "OpenVINO": ("", "openvino"),
     "OpenVINO bfloat16": ("", "openvino-bf16"),
@@ -39,6 +41,15 @@ ROWS = {
     "OpenVINO int8": ("int8", "openvino"),
     "OpenVINO int8, the rest in bfloat16": ("int8", "openvino-bf16"),
 }
+
+
+def with_torchao(folder: Path):
+    "PyTorch with torchao's dynamic int8, which knows linear layers only."
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    pipe = load_runtime(folder, "torch", "cpu")
+    quantize_(pipe.unet, Int8DynamicActivationInt8WeightConfig())
+    return pipe
 
 
 def variants(checkpoint: Path, out: Path, pruned: str) -> dict:
@@ -54,9 +65,9 @@ def variants(checkpoint: Path, out: Path, pruned: str) -> dict:
                 TECHNIQUES[technique](checkpoint, folder)
             if technique == pruned and pruned and why_not(folder, "onnxruntime"):
                 TECHNIQUES["onnx"](folder)
-            pipes[name] = load_runtime(folder, runtime, "cpu")
+            pipes[name] = with_torchao(folder) if runtime == "torchao" else load_runtime(folder, runtime, "cpu")
             pipes[name].folder = folder
-        except (ValueError, RuntimeError) as e:
+        except (ValueError, RuntimeError, ModuleNotFoundError) as e:
             print(f"left out: {name}: {e}")
     return pipes
 
