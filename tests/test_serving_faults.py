@@ -121,6 +121,26 @@ def test_a_worker_killed_while_idle_is_replaced_at_once(server):
     picture(server.ask())
 
 
+def test_two_workers_draw_the_same_pictures_and_one_is_enough_to_be_ready(server, checkpoint):
+    both = Server(checkpoint, "--no_page", "--workers", "2")
+    try:
+        assert both.metric("pokemon_workers_ready") == 2
+        first, second = both.workers()
+        ask = lambda s: lambda i: s.ask(seed=i, steps=20, prompt=f"a {('red', 'blue')[i % 2]} bird")
+        with ThreadPoolExecutor(16) as pool: together = list(pool.map(ask(both), range(32)))
+        for i, answer in enumerate(together): assert apart(picture(answer), picture(ask(server)(i))) <= 1
+        spent = [float(open(f"/proc/{w}/stat").read().rsplit(")", 1)[1].split()[11]) for w in (first, second)]
+        assert min(spent) > 0.2 * max(spent), spent                                      # ticks: both have drawn
+        os.kill(first, signal.SIGKILL)
+        end = time.time() + 60
+        while both.metric("pokemon_worker_deaths_total") < 1 and time.time() < end: time.sleep(.02)
+        assert httpx.get(f"{both.url}/readyz").status_code == 200                        # the other one draws on
+        picture(both.ask())
+        while both.metric("pokemon_workers_ready") < 2 and time.time() < end: time.sleep(.1)
+        assert both.metric("pokemon_workers_ready") == 2 and second in both.workers()
+    finally: both.end()
+
+
 def test_whoever_hangs_up_is_not_drawn_for(server):
     drawn = server.metric('pokemon_pictures_total{outcome="drawn"}')
     body = json.dumps(dict(prompt="x", n=16, steps=100)).encode()
