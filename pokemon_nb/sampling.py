@@ -224,7 +224,9 @@ class GuidedByLength(Guided):
         text:torch.Tensor,     # (B,D) sentence vectors of unit length
     )->torch.Tensor:           # (B,C,H,W) guided estimate of the clean pictures
         "Ask once."
-        return self.denoise(x, sigma, self.guidance_scale * text)
+        low, high = self.interval
+        inside = low <= sigma <= high or self.guidance_scale == 0
+        return self.denoise(x, sigma, (self.guidance_scale if inside else 1.) * text)
 
 GUIDANCE = {"pair": Guided, "length": GuidedByLength}
 
