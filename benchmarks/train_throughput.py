@@ -2,6 +2,7 @@
 
     python benchmarks/train_throughput.py                  # eager, batch 8 and 16
     python benchmarks/train_throughput.py --compile        # torch.compile on both sides as well
+    python benchmarks/train_throughput.py --cond           # and diffusers' UNet2DConditionModel, seconds a step
 
 One step is forward, backward and an AdamW update. Steps of all networks alternate, so that a busy moment of the machine
 hits everybody; the figure is the median. `share` is achieved FLOP/s over the matmul peak measured in the same run, in
@@ -14,7 +15,7 @@ import time
 import torch
 import torch.nn.functional as F
 from fastcore.script import Param, call_parse, store_true
-from peers import ddp_unet, unet2d
+from peers import conditional_unet, ddp_unet, unet2d
 from torch.utils.flop_counter import FlopCounterMode
 
 from pokemon_nb.profiling import measure_peaks
@@ -44,6 +45,12 @@ def call_unet2d(net, b: int) -> torch.Tensor:
     return net(torch.randn(b, 3, 64, 64), torch.randint(1000, (b,))).sample
 
 
+def call_cond(net, b: int) -> torch.Tensor:
+    "diffusers' text-conditioned network on a random batch of RGBA pictures, with text."
+    words = F.normalize(torch.randn(b, 1, 384), dim=2)
+    return net(torch.randn(b, 4, 64, 64), torch.randint(1000, (b,)), encoder_hidden_states=words).sample
+
+
 class Runner:
     "One network in one setting; `step()` trains it on one batch and returns the seconds it took."
 
@@ -65,7 +72,7 @@ class Runner:
         return time.perf_counter() - start
 
 
-def runners(compiled: bool) -> list[Runner]:
+def runners(compiled: bool, cond: bool) -> list[Runner]:
     "Every network in its default, and everybody in everybody's best simple setting."
     cl = {"memory_format": torch.channels_last}
     rows = [
@@ -76,6 +83,8 @@ def runners(compiled: bool) -> list[Runner]:
         Runner("diffusers UNet2DModel bf16 channels-last", unet2d().to(**cl), call_unet2d, bf16=True),
         Runner("pokemon_nb bf16 (default)", UNet(), call_ours, bf16=True),
     ]
+    if cond:
+        rows.append(Runner("diffusers UNet2DConditionModel fp32 (default)", conditional_unet(), call_cond))
     if compiled:
         rows += [
             Runner("denoising_diffusion_pytorch bf16 compiled", ddp_unet().to(**cl), call_ddp, True, True),
@@ -91,6 +100,7 @@ def main(
     steps: int = 9,  # timed steps a row; the median counts
     warmup: int = 2,  # untimed steps a row before
     compile: store_true = False,  # also with torch.compile, on both sides
+    cond: store_true = False,  # also diffusers' UNet2DConditionModel in its default
     threads: int = 0,  # CPU threads; 0 = torch's own choice
 ):
     "Print images per second, ratio to the peers' defaults and share of the matmul peak."
@@ -102,7 +112,7 @@ def main(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads; matmul peak "
         f"{peak[torch.float32] / 1e9:.0f} GFLOP/s fp32, {peak[torch.bfloat16] / 1e9:.0f} bf16"
     )
-    rows = runners(compile)
+    rows = runners(compile, cond)
     for b in batch:
         times = {r.name: [] for r in rows}
         for r in rows:

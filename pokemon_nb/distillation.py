@@ -16,18 +16,19 @@ from .train import LitDiffusion, TrainConfig
 
 
 class LitStudent(LitDiffusion):
-    "Learns the guided answers of `model.init`, from which it also starts."
+    "Learns the guided answers of `model.teacher`, from which it also starts unless `model.init` says otherwise."
     most_guidance = 6.    # guidance scales are drawn evenly from 0 to this
 
     def __init__(self,
-        cfg:TrainConfig,    # `model.init` is the teacher
+        cfg:TrainConfig,    # with `model.init`
         *args, **kwargs     # as for `LitDiffusion`
     ):
         super().__init__(cfg, *args, **kwargs)
         if not cfg.model.init: raise ValueError("LitStudent: model.init must name a teacher, got ''")
-        teacher = load_pipeline(cfg.model.init, "cpu")
+        folder = cfg.model.teacher or cfg.model.init
+        teacher = load_pipeline(folder, "cpu")
         if teacher.config.guidance != "pair":
-            raise ValueError(f"LitStudent: model.init must be guided by pairs, {cfg.model.init} is a student itself")
+            raise ValueError(f"LitStudent: the teacher must be guided by pairs, {folder} is a student itself")
         nets = [teacher.unet] + ([load_pipeline(cfg.model.weak, "cpu").unet] if cfg.model.weak else [])
         if cfg.device.compile:
             for net in nets: net.compile()
@@ -65,12 +66,13 @@ class LitStudent(LitDiffusion):
         return pipe
 
 # %% ../nbs/05c_distillation.ipynb #0815d71c
-import dataclasses
+import dataclasses, json
 
 from fastcore.script import call_parse
 from omegaconf import OmegaConf
 
 from .data import cli_errors
+from .sampling import find_checkpoint
 from .train import train, typed_config
 
 
@@ -81,6 +83,7 @@ def student_config(
     lr:float=1e-3,         # learning rate; falls to zero over the second half
     weak:str|Path="",      # run folder of a worse network for autoguidance; "" = without
     autoguidance:float=1., # how far to walk away from it
+    start:str|Path="",     # checkpoint to start from, such as one with fewer channels (chapter 07); "" = the teacher
 )->TrainConfig:            # the teacher's, but for these
     "How a student is trained."
     known = Path(teacher)/"config.yaml"
@@ -88,11 +91,15 @@ def student_config(
     cfg = typed_config(OmegaConf.load(known))
     params = dataclasses.replace(cfg.training_params, steps=steps, lr=lr, decay=.5, val_every=min(500, steps))
     root = Path(teacher)/"data" if (Path(teacher)/"data/dataset.json").is_file() else Path(cfg.data.source)
+    model = dataclasses.replace(cfg.model, init=str(start or teacher), teacher=str(teacher), weak=str(weak),
+                                autoguidance=autoguidance)
+    if start:
+        hidden = json.loads((find_checkpoint(start)/"unet/config.json").read_text()).get("hidden", [])
+        model = dataclasses.replace(model, hidden=hidden, codec=str(start) if model.codec else "")
     # a sampler with few steps visits high noise levels as often as low ones: so does the student
     return dataclasses.replace(
         cfg, out=str(out), training_params=params, data=dataclasses.replace(cfg.data, source=str(root)),
-        diffusion=dataclasses.replace(cfg.diffusion, p_mean=.2, p_std=1.8),
-        model=dataclasses.replace(cfg.model, init=str(teacher), weak=str(weak), autoguidance=autoguidance))
+        diffusion=dataclasses.replace(cfg.diffusion, p_mean=.2, p_std=1.8), model=model)
 
 
 @call_parse
@@ -103,6 +110,7 @@ def pokemon_distill(
     lr:float=1e-3,        # learning rate; falls to zero over the second half
     weak:str="",          # run folder of a worse network for autoguidance; empty = without
     autoguidance:float=1.,# how far to walk away from it
+    start:str="",         # checkpoint to start from, such as a pruned one; empty = the teacher's weights
 ):
     "Train a student that needs one call where guidance needs two or three."
-    with cli_errors(): print(train(student_config(teacher, out, steps, lr, weak, autoguidance), LitStudent))
+    with cli_errors(): print(train(student_config(teacher, out, steps, lr, weak, autoguidance, start), LitStudent))

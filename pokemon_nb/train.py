@@ -77,6 +77,7 @@ class ModelConfig:
     init:str = ""                              # checkpoint or run folder whose weights to start from; "" = random ones
     base:str = ""                              # run or checkpoint of a first stage: this network enlarges its pictures
     hint_noise:float = 0.5                     # most noise added to the small pictures in training, pixel-std units
+    teacher:str = ""                           # distillation: run or checkpoint to learn from; "" = model.init
     weak:str = ""                              # distillation: run or checkpoint of a worse network, for autoguidance
     autoguidance:float = 1.0                   # distillation: how far the teacher walks away from the worse network
     hidden:tuple[int, ...] = ()                # channels inside the blocks of each level (chapter 07); () = as widths

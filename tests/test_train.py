@@ -488,6 +488,11 @@ def test_a_student_is_its_teacher_at_scale_one_and_resumes(small, first, tmp_pat
     weak = run_tiny(small, tmp_path / "weak", 1, "seed=2 model.emb_dim=128")
     other = load_pipeline(train(student_config(first, tmp_path / "auto", 10, weak=weak), LitStudent)).unet.state_dict()
     assert any(not torch.equal(other[k], v) for k, v in student.unet.state_dict().items())
+    from pokemon_nb.quantization import to_pruned
+
+    cut = to_pruned(first, tmp_path / "cut", 0.5)
+    small_one = load_pipeline(train(student_config(first, tmp_path / "few", 10, start=cut), LitStudent))
+    assert tuple(small_one.unet.config.hidden) == (32,) and small_one.config.guidance == "length"
     with pytest.raises(ValueError, match="is a student itself"):
         train(student_config(tmp_path / "student", tmp_path / "grandchild", steps=1), LitStudent)
     with pytest.raises(ValueError, match="config.yaml"):
