@@ -105,7 +105,7 @@ def student_config(
 @call_parse
 def pokemon_distill(
     teacher:str,          # run folder of the teacher
-    out:str,              # run folder of the student; an interrupted run in it is resumed
+    out:str="",           # run folder of the student, runs/<time>-... if empty; an interrupted run in it is resumed
     steps:int=3000,       # optimizer steps
     lr:float=1e-3,        # learning rate; falls to zero over the second half
     weak:str="",          # run folder of a worse network for autoguidance; empty = without
