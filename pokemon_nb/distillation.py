@@ -89,7 +89,9 @@ def student_config(
     known = Path(teacher)/"config.yaml"
     if not known.is_file(): raise ValueError(f"teacher must be a run folder with a config.yaml, got {str(teacher)!r}")
     cfg = typed_config(OmegaConf.load(known))
-    params = dataclasses.replace(cfg.training_params, steps=steps, lr=lr, decay=.5, val_every=min(500, steps))
+    # a student never sees a training picture answered, so what it copies its teacher copies: that one was watched
+    params = dataclasses.replace(cfg.training_params, steps=steps, lr=lr, decay=.5, val_every=min(500, steps),
+                                 early_stopping=0, max_copy_rate=1.)
     root = Path(teacher)/"data" if (Path(teacher)/"data/dataset.json").is_file() else Path(cfg.data.source)
     model = dataclasses.replace(cfg.model, init=str(start or teacher), teacher=str(teacher), weak=str(weak),
                                 autoguidance=autoguidance)

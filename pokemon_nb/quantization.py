@@ -238,6 +238,12 @@ ENGINES = {"onnxruntime": ("onnxruntime", "model.onnx", "onnx", _run_onnxruntime
 RUNTIMES = ("auto", "torch", *ENGINES)
 
 
+def _make_it(engine, folder):
+    "The command that makes what an engine reads."
+    technique = ENGINES[engine][2]
+    return f"pokemon_quantize {technique} {folder}" + " --out FOLDER" * (technique != "onnx")
+
+
 class Graph:
     "An exported network, called like the `UNet` or `Codec` that it came from."
     def __init__(self,
@@ -247,7 +253,7 @@ class Graph:
         facts = json.loads((folder / "graph.json").read_text())
         if facts["sha256"] != _sha256(folder):
             raise ValueError(f"the weights in {folder} are not those that its graph was made from; make it again: "
-                             f"pokemon_quantize {ENGINES[engine][2]} {folder.parent}")
+                             + _make_it(engine, folder.parent))
         self.config = SimpleNamespace(**json.loads((folder / "config.json").read_text()))
         self.min_side, self.factor, self.dtype = facts["min_side"], facts["factor"], facts["weights"]
         self.parameters = facts["parameters"]
@@ -297,13 +303,13 @@ def why_not(
     engine:str,         # key of `ENGINES`
 )->str:                 # "" = it can be used, else what is missing and how to get it
     "What keeps an engine from running a checkpoint."
-    module, file, technique, _ = ENGINES[engine]
+    module, file, *_ = ENGINES[engine]
     if importlib.util.find_spec(module) is None:
         return f"{module} is not installed; run: pip install {module}"
     if engine.endswith("bf16") and not native_bf16(): return "this processor does not multiply bf16; use openvino"
     there = lambda place: (place / file).is_file() and (place / "graph.json").is_file()
     if missing := [p.name for p in network_folders(folder) or [folder / "unet"] if not there(p)]:
-        return f"{folder} has no {missing[0]}/{file}; make it: pokemon_quantize {technique} {folder}"
+        return f"{folder} has no {missing[0]}/{file}; make it: {_make_it(engine, folder)}"
     return ""
 
 
@@ -505,7 +511,7 @@ TECHNIQUES = {"onnx": to_onnx, "compiled": to_compiled, "bf16": to_bf16, "int8":
 @call_parse
 def pokemon_quantize(
     technique:Param("what to do", str, choices=list(TECHNIQUES)),
-    checkpoint:str="",      # checkpoint or run folder; empty = newest run, else the shipped one
+    checkpoint:Param("checkpoint or run folder; left out = newest run, else shipped", str, opt=False, nargs="?")=None,
     out:str="",             # folder to be made; empty only for onnx, which then adds graphs to the checkpoint itself
 ):
     "Make a smaller or faster checkpoint."

@@ -242,7 +242,7 @@ def test_from_the_shell(tmp_path):
     assert code == 0 and "torch" in said, said
     a, b = (torch.tensor(list(Image.open(f).convert("RGBa").tobytes())) for f in (file, tmp_path / "again" / file.name))
     assert (a - b).abs().max() <= 1
-    code, said = shell("pokemon_quantize", "int8", "--checkpoint", SHIPPED)
+    code, said = shell("pokemon_quantize", "int8", SHIPPED)
     assert code == 2 and "--out must name a folder" in said
 
 
