@@ -18,6 +18,7 @@ from .train import LitDiffusion, TrainConfig
 class LitStudent(LitDiffusion):
     "Learns the guided answers of `model.teacher`, from which it also starts unless `model.init` says otherwise."
     most_guidance = 6.    # guidance scales are drawn evenly from 0 to this
+    then = "distilled"
 
     def __init__(self,
         cfg:TrainConfig,    # with `model.init`

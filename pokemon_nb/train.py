@@ -6,7 +6,7 @@
 __all__ = ['RIGHTS', 'CARD', 'JUDGED', 'refuse_unknown', 'require', 'DataConfig', 'ModelConfig', 'DiffusionConfig',
            'SamplerConfig', 'OptimizerConfig', 'TrainingParams', 'DeviceConfig', 'TrainConfig', 'data_overrides',
            'typed_config', 'resolve_config', 'stratified', 'pick_phrasings', 'coat_captions', 'embed_coats',
-           'ema_decay', 'LitDiffusion', 'first_stage', 'first_stage_metrics', 'differences', 'start_from', 'orthogonal',
+           'ema_decay', 'LitDiffusion', 'first_stage', 'earlier_metrics', 'differences', 'start_from', 'orthogonal',
            'MuonAdamW', 'split_matrices', 'lr_factor', 'JSONLLogger', 'read_metrics', 'git_commit', 'environment',
            'model_card', 'judged_tables', 'save_checkpoint', 'sample_grid', 'Snapshot', 'speak', 'prepare', 'start_run',
            'stoppers', 'make_trainer', 'make_loggers', 'train', 'resume_point', 'forget_run', 'fit', 'plot_metrics',
@@ -346,6 +346,8 @@ from .unet import UNet
 
 class LitDiffusion(L.LightningModule):
     "Network, EMA and loss for Lightning's Trainer."
+    then = "then"     # what training from `model.init` on is called in a checkpoint
+
     def __init__(self,
         cfg:TrainConfig,                    # the run
         train_text:torch.Tensor,            # (N,P,D) caption vectors of the training split
@@ -363,7 +365,7 @@ class LitDiffusion(L.LightningModule):
         net = UNet(in_channels=channels, patch_size=m.patch_size, widths=m.widths, depths=m.depths,
                    text_dim=train_text.shape[-1], emb_dim=m.emb_dim, text_tokens=m.text_tokens,
                    cond_channels=channels + 1 if m.base else 0, hidden=m.hidden)
-        if m.init: start_from(net, m.init)
+        self.before = start_from(net, m.init) if m.init else ""
         self.base = first_stage(cfg) if m.base else None
         self.denoise = Denoiser(net, self.process.precondition)
         self.ema = Denoiser(copy.deepcopy(net), self.process.precondition).requires_grad_(False).eval()
@@ -410,10 +412,10 @@ def first_stage(
     return base
 
 
-def first_stage_metrics(
+def earlier_metrics(
     folder:str|Path,    # run or checkpoint
 )->dict:                # how it was trained: the scalars of its metrics.json
-    "What the card of a second stage says about the first one."
+    "What a card says about the run that this one builds on."
     known = json.loads((find_checkpoint(folder) / "metrics.json").read_text())
     return {k: v for k, v in known.items() if not isinstance(v, dict)}
 
@@ -434,7 +436,7 @@ def differences(
 def start_from(
     net:UNet,            # fresh network; its weights are replaced
     folder:str|Path,     # checkpoint or run folder with a network of the same architecture
-):
+)->str:                  # how those weights were trained
     "Take over the weights of a checkpoint; raises ValueError naming the settings in which the two networks differ."
     pipe = load_pipeline(folder, "cpu")
     old = pipe.upsampler if net.config.cond_channels and pipe.upsampler else pipe.unet
@@ -444,6 +446,7 @@ def start_from(
         raise ValueError(f"model.init: {folder} holds another network ({'; '.join(changed)}); choose the same model")
     net.load_state_dict(old.float().state_dict())
     print(f"weights start from {folder}")
+    return pipe.config.training
 
 # %% ../nbs/05_train.ipynb #6b8e8b99
 from fastcore.basics import patch
@@ -786,7 +789,7 @@ def model_card(
 )->str:                     # Markdown with the metadata header that model hubs read
     "The README.md of a checkpoint, its numbers taken from `metrics` and its settings."
     flat = {k: v for k, v in metrics.items() if not isinstance(v, dict)}
-    flat |= {f"first stage: {k}": v for k, v in metrics.get("first stage", {}).items()}
+    flat |= {f"{what}: {k}": v for what in ("first stage", "started from") for k, v in metrics.get(what, {}).items()}
     rows = [f"| {k} | {v:.4f} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in flat.items()]
     c, judged = pipe.config, metrics.get("judged")
     return CARD.format(
@@ -816,6 +819,7 @@ def pipeline(self:LitDiffusion)->PokemonPipeline:
     unet = UNet.from_config(self.denoise.net.config)
     unet.load_state_dict(self.ema.net.state_dict())
     origin = f"{Path(cfg.data.source).name}, {self.global_step} steps of {cfg.training_params.batch_size}"
+    if self.before: origin = f"{self.before}; {self.then}: {origin}"
     mine = dict(sampler=s.sampler, num_inference_steps=s.num_inference_steps, guidance_scale=s.guidance_scale,
                 training=origin, unet=unet.eval(), scheduler=self.process, codec=self.codec)
     if self.base:
@@ -904,7 +908,8 @@ class Snapshot(L.Callback):
         if trainer.is_global_zero:
             with torch.inference_mode(False): pipe = module.pipeline()     # its weights must be ordinary tensors
             metrics = {"data": module.data_kind, "step": step, "images": module.images_seen()} | row
-            if module.base: metrics["first stage"] = first_stage_metrics(module.cfg.model.base)
+            for name, source in (("first stage", module.cfg.model.base), ("started from", module.cfg.model.init)):
+                if source: metrics[name] = earlier_metrics(source)
             if kept: save_checkpoint(pipe, self.run / "checkpoint", self.run.name, metrics)
             grid = sample_grid(pipe, self.prompts[:t.grid_prompts], cols=8 if len(self.prompts) > 16 else 4)
             write_atomic(self.run / "samples" / f"step_{step:06d}.png", png_bytes(grid))
@@ -1191,7 +1196,7 @@ def publish(
     pipe.register_to_config(sampler=use["sampler"], num_inference_steps=use["steps"],
                             guidance_scale=use["guidance_scale"])
     metrics, name = json.loads((Path(run) / "checkpoint/metrics.json").read_text()), Path(out).name
-    if base: metrics["first stage"] = first_stage_metrics(base)
+    if base: metrics["first stage"] = earlier_metrics(base)
     save_checkpoint(pipe, out, name, metrics)
     if data:
         copied = load_pipeline(out, "cpu")                      # what is judged is what lies there

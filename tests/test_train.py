@@ -353,6 +353,8 @@ def test_a_run_starts_from_another_ones_weights(small, tmp_path):
     a, b, c = (load_pipeline(p).unet.state_dict() for p in (first, warm, cold))
     distance = lambda x, y: sum((x[k] - y[k]).square().sum() for k in x)
     assert distance(a, b) < 0.2 * distance(a, c)
+    assert load_pipeline(warm).config.training == "data, 20 steps of 8; then: data, 1 steps of 8"
+    assert "| started from: step | 20 |" in (warm / "checkpoint/README.md").read_text()
     with pytest.raises(ValueError, match="holds another network"):
         run_tiny(small, tmp_path / "d", 1, f"model.init={first} model.emb_dim=128")
 
