@@ -177,7 +177,7 @@ def techniques(checkpoint, data, out, n, pruned, rounds):
         peaks, work = measure_peaks(), count_work(lambda: base.unet(*args))
     print(table(rows, costs))
     flops = sum(w.flops for w in work) / 1e9
-    print(f"\n{flops:.3f} GFLOP a call; a matrix product reaches {peaks.flops / 1e9:.0f} GFLOP/s, of which")
+    print(f"\n{flops:.3f} GFLOP a call; products and convolutions reach {peaks.flops / 1e9:.0f} GFLOP/s, of which")
     for r in rows:
         print(f"  {r.name}: {utilisation(work, r.seconds, peaks):.0%}")
     print("\na guided picture, words of its own included\n")

@@ -5,7 +5,7 @@
     python benchmarks/train_throughput.py --cond           # and diffusers' UNet2DConditionModel, seconds a step
 
 One step is forward, backward and an AdamW update. Steps of all networks alternate, so that a busy moment of the machine
-hits everybody; the figure is the median. `share` is achieved FLOP/s over the matmul peak measured in the same run, in
+hits everybody; the figure is the median. `share` is achieved FLOP/s over the peak (`measure_peaks`) measured in the same run, in
 the number format of the row. Ratios of our row against a peer's *default* row are what the README states.
 """
 
@@ -103,13 +103,13 @@ def main(
     cond: store_true = False,  # also diffusers' UNet2DConditionModel in its default
     threads: int = 0,  # CPU threads; 0 = torch's own choice
 ):
-    "Print images per second, ratio to the peers' defaults and share of the matmul peak."
+    "Print images per second, ratio to the peers' defaults and share of the peak."
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     peak = {d: measure_peaks(d, 2048).flops for d in (torch.float32, torch.bfloat16)}
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; matmul peak "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; peak "
         f"{peak[torch.float32] / 1e9:.0f} GFLOP/s fp32, {peak[torch.bfloat16] / 1e9:.0f} bf16"
     )
     rows = runners(compile, cond)

@@ -122,7 +122,7 @@ def table(
 @dataclass(frozen=True)
 class Peaks:
     "What the machine reached in this run."
-    flops:float     # FLOP/s of a matrix product
+    flops:float     # FLOP/s of a matrix product or of a convolution: which library is faster depends on the machine
     bytes:float     # bytes/s read and written by a copy
 
 
@@ -133,19 +133,24 @@ def measure_peaks(
     repeats:int=12,                    # the best counts
     device:str="cpu",                  # where
 )->Peaks:
-    "Matrix products and copies, alternating."
+    "Matrix products, 3×3 convolutions of 256 channels and copies, alternating."
+    import torch.nn.functional as F
     a = torch.randn(side, side, device=device).to(dtype)
+    x, w = (torch.randn(s, device=device).to(dtype, memory_format=torch.channels_last)
+            for s in ((8, 256, 32, 32), (256, 256, 3, 3)))
     source = torch.ones(mib * 2**18, device=device)
-    target, best = torch.empty_like(source), [math.inf, math.inf]
+    target, best = torch.empty_like(source), [math.inf] * 3
+    work = lambda: a @ a, lambda: F.conv2d(x, w, padding=1), lambda: target.copy_(source)
     sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     for _ in range(repeats):
-        for i, fn in enumerate((lambda: a @ a, lambda: target.copy_(source))):
+        for i, fn in enumerate(work):
             sync()
             start = time.perf_counter()
             fn()
             sync()
             best[i] = min(best[i], time.perf_counter() - start)
-    return Peaks(2 * side**3 / best[0], 2 * mib * 2**20 / best[1])
+    flops = max(2 * side**3 / best[0], 2 * w.numel() * x[:, 0].numel() / best[1])
+    return Peaks(flops, 2 * mib * 2**20 / best[2])
 
 # %% ../nbs/06_profiling.ipynb #06000014
 from torch.utils._python_dispatch import TorchDispatchMode
