@@ -5,7 +5,7 @@
     python benchmarks/train_throughput.py --cond           # and diffusers' UNet2DConditionModel, seconds a step
 
 One step is forward, backward and an AdamW update. Steps of all networks alternate, so that a busy moment of the machine
-hits everybody; the figure is the median. `share` is achieved FLOP/s over the peak (`measure_peaks`) measured in the same run, in
+hits everybody; the figure is the median. `share` is achieved FLOP/s over the peak (`measure_peaks`) of the same run, in
 the number format of the row. Ratios of our row against a peer's *default* row are what the README states.
 """
 
